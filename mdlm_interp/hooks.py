@@ -1,0 +1,186 @@
+"""Named hook points: read or replace any intermediate of the forward pass.
+
+A `HookPoint` is a plain object that the forward calls with a tensor. With nobody listening it returns
+the tensor after one truth test, so the network costs what it costs without hooks, and because listeners
+are ordinary Python state (not torch module hooks, which a compiled model skips silently when they are
+added late) torch.compile guards on them and recompiles.
+
+Rules that keep numbers honest:
+- an editing function gets a private copy, so writing in place cannot reach a tensor cached elsewhere;
+- what it returns must have the same shape, dtype and device;
+- a name that matches nothing is an error, never an empty result;
+- a context removes exactly what it installed, also after an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mdlm_interp.errors import HookError, nearest
+
+HookFunction: TypeAlias = "Callable[[Tensor, HookPoint], Tensor | None]"
+NameSelection: TypeAlias = "str | Iterable[str] | Callable[[str], bool] | None"
+
+
+class _Listener:
+    """One registration; its identity is what the owner removes."""
+
+    def __init__(self, function: HookFunction, read_only: bool) -> None:
+        self.function = function
+        self.read_only = read_only
+
+
+class HookPoint:
+    """A named place in the forward pass that a tensor goes through."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.listeners: list[_Listener] = []
+
+    def __repr__(self) -> str:
+        return f"HookPoint({self.name!r}, {len(self.listeners)} listening)"
+
+    def __deepcopy__(self, memo: dict[int, object]) -> HookPoint:
+        # A copied model has nobody listening: the contexts that installed functions know only the original.
+        return HookPoint(self.name)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor as its listeners leave it."""
+        if not self.listeners:
+            return tensor
+        return self.run(tensor)[0]
+
+    def run(self, tensor: Tensor) -> tuple[Tensor, bool]:
+        """The tensor as its listeners leave it, and whether any of them replaced it."""
+        edited = False
+        for listener in tuple(self.listeners):
+            if listener.read_only:
+                self._observe(listener, tensor)
+                continue
+            replacement = self._edit(listener, tensor)
+            if replacement is not None:
+                tensor, edited = replacement, True
+        return tensor, edited
+
+    def _observe(self, listener: _Listener, tensor: Tensor) -> None:
+        versioned = not tensor.is_inference()
+        before = tensor._version if versioned else 0
+        if listener.function(tensor, self) is not None:
+            raise HookError(f"a read-only hook on {self.name} returned a value; install it without read_only to edit")
+        if versioned and tensor._version != before:
+            raise HookError(f"a read-only hook on {self.name} wrote to its tensor; install it without read_only to edit")
+
+    def _edit(self, listener: _Listener, tensor: Tensor) -> Tensor | None:
+        private = tensor.clone()
+        versioned = not private.is_inference()
+        before = private._version if versioned else 0
+        result = listener.function(private, self)
+        if result is None:
+            wrote = private._version != before if versioned else not torch.equal(private, tensor)
+            return private if wrote else None
+        if not isinstance(result, Tensor):
+            raise HookError(f"the hook on {self.name} must return a tensor or None, got {type(result).__name__}")
+        for what in ("shape", "dtype", "device"):
+            got, expected = getattr(result, what), getattr(tensor, what)
+            if got != expected:
+                show = tuple if what == "shape" else str
+                raise HookError(f"the hook on {self.name} returned {what} {show(got)}, expected {show(expected)}")
+        return result
+
+
+def select_names(selection: NameSelection, known: Sequence[str]) -> list[str]:
+    """The known names that a selection means, in execution order.
+
+    Args:
+        selection: A name or glob (`*`, `?`), several of them, a predicate on names, or None for all.
+    Raises:
+        HookError: If any part of the selection matches nothing.
+    """
+    if selection is None:
+        return list(known)
+    if callable(selection):
+        chosen = [name for name in known if selection(name)]
+        if not chosen:
+            raise HookError(f"the predicate matches none of the {len(known)} hook points, such as {known[0]!r}")
+        return chosen
+    patterns = [selection] if isinstance(selection, str) else list(selection)
+    if not patterns:
+        raise HookError("no hook point was named; pass None for all of them")
+    chosen_set: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in known if fnmatchcase(name, pattern)}
+        if not matched:
+            raise HookError(f"no hook point matches {pattern!r}{nearest(pattern, known)}")
+        chosen_set |= matched
+    return [name for name in known if name in chosen_set]
+
+
+class HookRegistry:
+    """All hook points of one model, by name, in execution order."""
+
+    def __init__(self, points: Iterable[HookPoint]) -> None:
+        self.points = {point.name: point for point in points}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name, in execution order."""
+        return tuple(self.points)
+
+    @contextmanager
+    def listening(
+        self, functions: Mapping[str, HookFunction | Sequence[HookFunction]], read_only: bool = False
+    ) -> Iterator[None]:
+        """Install functions on the points that their names or globs match; remove exactly those at exit.
+
+        Raises:
+            HookError: If a name matches nothing, before anything is installed.
+        """
+        plan: list[tuple[HookPoint, _Listener]] = []
+        for pattern, given in functions.items():
+            for name in select_names(pattern, self.names):
+                for function in [given] if callable(given) else given:
+                    if not callable(function):
+                        raise HookError(f"the hook for {pattern!r} must be callable, got {type(function).__name__}")
+                    plan.append((self.points[name], _Listener(function, read_only)))
+        try:
+            for point, listener in plan:
+                point.listeners.append(listener)
+            yield
+        finally:
+            for point, listener in plan:
+                # Another context may have installed an equal function: remove this registration only.
+                point.listeners[:] = [present for present in point.listeners if present is not listener]
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """Activations of one forward pass, by hook name, in execution order.
+
+    `cache["blocks.3.hook_mlp_out"]` and `cache["hook_mlp_out", 3]` are the same tensor.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        name = key if isinstance(key, str) else f"blocks.{key[1]}.{key[0]}"
+        if name not in self._tensors:
+            raise HookError(f"the cache holds no {name!r}{nearest(name, self._tensors)}")
+        return self._tensors[name]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({len(self)} activations: {', '.join(self)})"

@@ -1,0 +1,147 @@
+"""Byte-level BPE tokenizers whose last id is the mask token.
+
+Text is always taken literally: "<|endoftext|>" inside a document is encoded as those characters. Only
+`encode_with_masks` gives "[MASK]" a meaning, and there the mask stands for a word with its leading space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdlm_interp.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+MASK = "[MASK]"
+
+
+class Tokenizer:
+    """Encode and decode text; ids are below `vocab_size` and the mask is the last one."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        if backend.token_to_id(END_OF_TEXT) is None:
+            raise CheckpointError(f"the tokenizer has no {END_OF_TEXT} token; is it GPT-2's or one made by this package?")
+        if backend.token_to_id(MASK) is None:
+            backend.add_special_tokens([MASK])
+        if backend.token_to_id(MASK) != backend.get_vocab_size() - 1:
+            raise CheckpointError(f"{MASK} must be the tokenizer's last id, got {backend.token_to_id(MASK)}")
+        # Special tokens written out in a document are text, not control.
+        backend.encode_special_tokens = True
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the mask included."""
+        return self._backend.get_vocab_size()
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token: always the last."""
+        return self.vocab_size - 1
+
+    @property
+    def eos_id(self) -> int:
+        """Id of <|endoftext|>, which separates documents."""
+        return int(self._backend.token_to_id(END_OF_TEXT))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the tokenizer's whole definition."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    @cached_property
+    def _byte_lengths(self) -> list[int]:
+        # A byte-level token is spelled with one character a byte.
+        lengths = [len(self._backend.id_to_token(i)) for i in range(self.vocab_size)]
+        lengths[self.eos_id] = lengths[self.mask_id] = 0
+        return lengths
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text taken literally."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts; faster than one at a time."""
+        return [list(coded.ids) for coded in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_with_masks(self, text: str) -> list[int]:
+        """Ids of a text in which each "[MASK]" is the mask token; one space before it belongs to the mask."""
+        ids: list[int] = []
+        pieces = text.split(MASK)
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            ids += self.encode(piece if last else piece.removesuffix(" "))
+            if not last:
+                ids.append(self.mask_id)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; the mask reads " [MASK]", bytes that are no UTF-8 become U+FFFD."""
+        parts: list[str] = []
+        run: list[int] = []
+        for token in [*ids, -1]:
+            if 0 <= token < self.mask_id:
+                run.append(token)
+                continue
+            if token >= self.vocab_size or token < -1:
+                raise DataError(f"token ids must be in [0, {self.vocab_size}), got {token}; another model's ids?")
+            parts.append(self._backend.decode(run, skip_special_tokens=False))
+            run = []
+            if token == self.mask_id:
+                parts.append(" " + MASK)
+        return "".join(parts)
+
+    def token(self, token_id: int) -> str:
+        """One token as readable text."""
+        return MASK if token_id == self.mask_id else self.decode([token_id])
+
+    def count_bytes(self, ids: Iterable[int]) -> int:
+        """Bytes of UTF-8 that the ids stand for; <|endoftext|> and the mask count zero."""
+        return sum(self._byte_lengths[token] for token in ids)
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json."""
+        self._backend.save(str(directory / "tokenizer.json"))
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a model source, or of a directory with tokenizer.json or vocab.json + merges.txt.
+
+    A published MDLM carries no tokenizer files: it uses GPT-2's, so the tokenizer of a hub repository
+    without one is the repository "gpt2".
+
+    Raises:
+        CheckpointError: If the directory holds no tokenizer or a damaged one.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from mdlm_interp.checkpoints import resolve_source
+
+    directory = resolve_source(source, revision)
+    try:
+        if (directory / "tokenizer.json").is_file():
+            return Tokenizer(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
+        if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+            model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
+            backend = tokenizers.Tokenizer(model)
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.decoder = decoders.ByteLevel()
+            backend.add_special_tokens([END_OF_TEXT])
+            return Tokenizer(backend)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        raise CheckpointError(f"the tokenizer in {directory} is damaged: {error}") from None
+    if Path(source).is_dir() or source == "bundled":
+        raise CheckpointError(
+            f"{directory} has no tokenizer.json (nor vocab.json with merges.txt); "
+            f"name the tokenizer's directory as well, GPT-2's for the published checkpoint"
+        )
+    return load_tokenizer("openai-community/gpt2")
