@@ -129,7 +129,7 @@ def nelbo_per_token(
     per token; its exponential is the perplexity that the paper reports.
     """
     is_masked = x_t == mask_id
-    return masked_cross_entropy(logits, x_0, is_masked, mask_id) * (is_masked / t[:, None].to(logits.dtype))
+    return masked_cross_entropy(logits, x_0, is_masked, mask_id) * (is_masked / t[:, None])
 
 
 def nelbo_per_token_discrete(
@@ -153,7 +153,9 @@ def masked_cross_entropy(
 ) -> Float[Tensor, "batch pos"]:
     """-log p(x_0 | x_t) in nats at masked positions under SUBS, and 0 elsewhere."""
     chosen = logits[is_masked]
-    losses = logits.new_zeros(is_masked.shape)
+    if chosen.dtype in (torch.float16, torch.bfloat16):
+        chosen = chosen.float()
+    losses = chosen.new_zeros(is_masked.shape)
     index = torch.arange(logits.shape[-1], device=logits.device)
     log_probs = chosen.masked_fill(index == mask_id, -torch.inf).log_softmax(-1)
     losses[is_masked] = -log_probs.gather(-1, x_0[is_masked][:, None])[:, 0]

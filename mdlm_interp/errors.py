@@ -39,13 +39,22 @@ class OutputExistsError(MdlmError):
     """An output that is there already and would have been overwritten."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """The end of an error message: "; did you mean 'x'?" or "; known: 'a', 'b'"."""
+def nearest(name: str, choices: Iterable[str], *, prefix: str = "") -> str:
+    """The end of an error message: what was probably meant, or what there is.
+
+    Args:
+        prefix: Shown before each choice, but not compared (the dashes of an option).
+
+    >>> "unknown method 'topp'" + nearest("topp", ["top_k", "top_p", "greedy"])
+    "unknown method 'topp'; did you mean 'top_p'?"
+    >>> nearest("beam", ["top_k", "top_p"])
+    "; known: 'top_k', 'top_p'"
+    """
     known = [str(choice) for choice in choices]
     if not known:
         return ""
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
-        return f"; did you mean {close[0]!r}?"
+        return f"; did you mean {prefix + close[0]!r}?"
     more = ", ..." if len(known) > MAX_LISTED else ""
-    return "; known: " + ", ".join(repr(choice) for choice in known[:MAX_LISTED]) + more
+    return "; known: " + ", ".join(repr(prefix + choice) for choice in known[:MAX_LISTED]) + more

@@ -54,21 +54,31 @@ class HookPoint:
         """The tensor as its listeners leave it."""
         if not self.listeners:
             return tensor
-        return self.run(tensor)[0]
+        return self._pass(tensor)[0]
 
     def run(self, tensor: Tensor) -> tuple[Tensor, bool]:
-        """The tensor as its listeners leave it, and whether any of them replaced it."""
-        edited = False
+        """The tensor as its listeners leave it, and whether that is another one than went in."""
+        left, replaced = self._pass(tensor)
+        return left, replaced or (left is not tensor and not torch.equal(left, tensor))
+
+    def _pass(self, tensor: Tensor) -> tuple[Tensor, bool]:
+        replaced = False
         for listener in tuple(self.listeners):
             if listener.read_only:
                 self._observe(listener, tensor)
                 continue
-            replacement = self._edit(listener, tensor)
-            if replacement is not None:
-                tensor, edited = replacement, True
-        return tensor, edited
+            # The copy goes on even if nothing was returned: it has whatever was written to it, by any means
+            # (a write through .data, numpy or in inference mode leaves no trace that could be asked for).
+            private = tensor.clone()
+            result = listener.function(private, self)
+            if result is not None:
+                self._check(result, tensor)
+                replaced = True
+            tensor = private if result is None else result
+        return tensor, replaced
 
     def _observe(self, listener: _Listener, tensor: Tensor) -> None:
+        # Inference tensors have no version counter: there a forbidden write goes unnoticed, for want of a copy.
         versioned = not tensor.is_inference()
         before = tensor._version if versioned else 0
         if listener.function(tensor, self) is not None:
@@ -76,14 +86,7 @@ class HookPoint:
         if versioned and tensor._version != before:
             raise HookError(f"a read-only hook on {self.name} wrote to its tensor; install it without read_only to edit")
 
-    def _edit(self, listener: _Listener, tensor: Tensor) -> Tensor | None:
-        private = tensor.clone()
-        versioned = not private.is_inference()
-        before = private._version if versioned else 0
-        result = listener.function(private, self)
-        if result is None:
-            wrote = private._version != before if versioned else not torch.equal(private, tensor)
-            return private if wrote else None
+    def _check(self, result: object, tensor: Tensor) -> None:
         if not isinstance(result, Tensor):
             raise HookError(f"the hook on {self.name} must return a tensor or None, got {type(result).__name__}")
         for what in ("shape", "dtype", "device"):
@@ -91,7 +94,6 @@ class HookPoint:
             if got != expected:
                 show = tuple if what == "shape" else str
                 raise HookError(f"the hook on {self.name} returned {what} {show(got)}, expected {show(expected)}")
-        return result
 
 
 def select_names(selection: NameSelection, known: Sequence[str]) -> list[str]:
@@ -144,7 +146,7 @@ class HookRegistry:
         plan: list[tuple[HookPoint, _Listener]] = []
         for pattern, given in functions.items():
             for name in select_names(pattern, self.names):
-                for function in [given] if callable(given) else given:
+                for function in given if isinstance(given, Sequence) else [given]:
                     if not callable(function):
                         raise HookError(f"the hook for {pattern!r} must be callable, got {type(function).__name__}")
                     plan.append((self.points[name], _Listener(function, read_only)))
@@ -158,6 +160,16 @@ class HookRegistry:
                 point.listeners[:] = [present for present in point.listeners if present is not listener]
 
 
+def _full_name(key: str | tuple[str, int]) -> str:
+    return key if isinstance(key, str) else f"blocks.{key[1]}.{key[0]}"
+
+
+class _NotCached(HookError, KeyError):
+    """A KeyError too, which `get` and other methods of a mapping rely on."""
+
+    __str__ = Exception.__str__  # KeyError's own would quote the message
+
+
 class ActivationCache(Mapping[str, Tensor]):
     """Activations of one forward pass, by hook name, in execution order.
 
@@ -168,13 +180,13 @@ class ActivationCache(Mapping[str, Tensor]):
         self._tensors = dict(tensors)
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
-        name = key if isinstance(key, str) else f"blocks.{key[1]}.{key[0]}"
+        name = _full_name(key)
         if name not in self._tensors:
-            raise HookError(f"the cache holds no {name!r}{nearest(name, self._tensors)}")
+            raise _NotCached(f"the cache holds no {name!r}{nearest(name, self._tensors)}")
         return self._tensors[name]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._tensors
+        return isinstance(key, str | tuple) and _full_name(key) in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mdlm_interp.arithmetic import Arithmetic
-from mdlm_interp.config import ROTARY_BASE, TIME_FEATURES, MDLMConfig
+from mdlm_interp.config import LAYER_NORM_EPS, ROTARY_BASE, TIME_FEATURES, MDLMConfig
 from mdlm_interp.hooks import HookPoint
 from mdlm_interp.shapes import Float, Int64
 
@@ -118,7 +118,8 @@ class SigmaMap(nn.Module):
 
     def forward(self, sigma: Float[Tensor, " batch"], arithmetic: Arithmetic) -> Float[Tensor, "batch c"]:
         """SiLU(W2 SiLU(W0 features)): the second SiLU stands outside sigma_map upstream."""
-        features = arithmetic.time_features(sigma, TIME_FEATURES)
+        # The sinusoid needs float32 at least; the projections are in the weights' dtype, which may be half.
+        features = arithmetic.time_features(sigma, TIME_FEATURES).to(self.mlp["0"].weight.dtype)
         hidden = arithmetic.silu(self.mlp["0"](features, arithmetic))
         return arithmetic.silu(self.mlp["2"](hidden, arithmetic))
 
@@ -128,10 +129,20 @@ def hooked_layer_norm(
 ) -> Float[Tensor, "batch pos d"]:
     """LayerNorm whose scale can be read or replaced; replacing it recomputes the output with that scale."""
     normalized, scale = arithmetic.layer_norm(x, norm.weight)
-    scale, edited = at[f"{name}.hook_scale"].run(scale)
-    if edited:
-        normalized, _ = arithmetic.layer_norm(x, norm.weight, scale)
+    point = at[f"{name}.hook_scale"]
+    if point.listeners:
+        scale, edited = point.run(_with_gradient(scale, x) if x.requires_grad else scale)
+        if edited:
+            normalized, _ = arithmetic.layer_norm(x, norm.weight, scale)
     return at[f"{name}.hook_normalized"](normalized)
+
+
+def _with_gradient(
+    scale: Float[Tensor, "batch pos 1"], x: Float[Tensor, "batch pos d"]
+) -> Float[Tensor, "batch pos 1"]:
+    """The same bits with the gradient of 1 / sqrt(variance + eps); a fused kernel's scale comes without one."""
+    same = (x.var(-1, correction=0, keepdim=True) + LAYER_NORM_EPS).rsqrt()
+    return scale.detach() + (same - same.detach())
 
 
 class Block(nn.Module):

@@ -155,7 +155,11 @@ class HookedMDLM(nn.Module):
                     f"token ids must be in [0, {self.config.vocab_size}), got {low if low < 0 else high}; "
                     f"was the text encoded with another tokenizer?"
                 )
-        if stop_at_block is not None and not 0 <= stop_at_block <= self.config.n_blocks:
+        if stop_at_block is not None:
+            self._check_stop(stop_at_block)
+
+    def _check_stop(self, stop_at_block: int) -> None:
+        if not 0 <= stop_at_block <= self.config.n_blocks:
             raise DataError(f"stop_at_block must be in [0, {self.config.n_blocks}], got {stop_at_block}")
 
     def _sigma(self, input_ids: Tensor, timesteps: Tensor | None) -> Float[Tensor, " batch"]:
@@ -202,14 +206,18 @@ class HookedMDLM(nn.Module):
             clone: Give the cache its own memory; without it, entries may be views of one another.
             device: Where the cached tensors go; by default they stay.
         Raises:
-            HookError: If a name matches nothing, or nothing chosen is reached before stop_at_block.
+            HookError: If a name matches nothing, or nothing that is reached before stop_at_block.
         """
-        chosen = select_names(names, self.hook_names)
+        wanted = names if names is None or callable(names) or isinstance(names, str) else list(names)
+        chosen = select_names(wanted, self.hook_names)
         if stop_at_block is not None:
-            reached = {"hook_embed", "hook_cond", *all_hook_names(stop_at_block)} - set(HEAD_HOOKS)
-            missed = [name for name in chosen if name not in reached]
-            if names is not None and missed and not any(name in reached for name in chosen):
-                raise HookError(f"stop_at_block={stop_at_block} ends the pass before {missed[0]}; raise it or drop it")
+            self._check_stop(stop_at_block)
+            reached = self.hook_names[: 2 + stop_at_block * len(BLOCK_HOOKS)]
+            try:
+                chosen = select_names(wanted, reached)
+            except HookError:
+                late = chosen[-1]
+                raise HookError(f"stop_at_block={stop_at_block} ends the pass before {late}; raise it or drop it") from None
         cache: dict[str, Tensor] = {}
 
         def keep(tensor: Tensor, hook: HookPoint) -> None:

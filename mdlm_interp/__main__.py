@@ -1,0 +1,184 @@
+"""The command line: a table of commands, resolved when called.
+
+Exit codes: 0 done; 2 the user's mistake, told in one line; 130 interrupted, by Ctrl-C or SIGTERM; 141 the
+reader of our output went away; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+
+from mdlm_interp import __version__
+from mdlm_interp.errors import ConfigError, MdlmError, nearest
+
+PROG = "mdlm-interp"
+
+# Command: (package.module:function, what it does). Each function takes the arguments after its name and
+# returns an exit code. Strings, so that imports point down and --help loads none of them.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("transcoder.demo:main", "everything below on the bundled model, minutes on 2 cores"),
+    "info": ("mdlm_interp.commands:info", "what a model is: its shape, size and hook points"),
+    "fill": ("mdlm_interp.commands:fill", "fill the masks of a text"),
+    "sample": ("mdlm_interp.commands:sample", "generate text by denoising"),
+    "ppl": ("mdlm_interp.commands:ppl", "bound the perplexity of a text"),
+    "train-lm": ("mdlm_interp.training.command:main", "train a masked diffusion language model"),
+    "train-tokenizer": ("mdlm_interp.training.tokenizer:main", "train a byte-level BPE tokenizer"),
+    "export-hf": ("mdlm_interp.commands:export_hf", "write a model that transformers loads"),
+    "capture run": ("capture.commands:run", "record activations over text into a Zarr store"),
+    "capture info": ("capture.commands:info", "what a store holds"),
+    "clt train": ("transcoder.commands:train", "train a cross-layer transcoder on a store"),
+    "clt eval": ("transcoder.commands:evaluate", "measure a transcoder: fvu, l0, loss recovered"),
+}
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+USER_PATHS = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+"""OSErrors that a path given by the user causes; they count only with the file's name in them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = arguments[:1] == ["--debug"]
+    if debug:
+        del arguments[0]
+    name = " ".join(arguments[: 2 if arguments and arguments[0] in _groups() else 1])
+    prog = f"{PROG} {name}" if name in COMMANDS else PROG
+    try:
+        with _sigterm_as_interrupt():
+            code = _dispatch(name, arguments)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141
+    except (MdlmError, OSError) as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        line = re.sub(r"\s*\n\s*", " ", message.strip())
+        print(f"{prog}: error: {line}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(name: str, arguments: list[str]) -> int:
+    """Call the command's function, or answer in its stead."""
+    if name in COMMANDS:
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        function: Callable[[list[str]], int] = getattr(import_module(module), attribute)
+        try:
+            return function(arguments[len(name.split()) :])
+        except SystemExit as stop:
+            if stop.code:
+                raise
+            return 0  # its --help
+    group, _, last = name.rpartition(" ")
+    if last in ("--help", "-h"):
+        print(_help(group))
+        return 0
+    if name == "--version":
+        print(f"{PROG} {__version__}")
+        return 0
+    raise ConfigError(_unknown(name))
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, so that it saves its state."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread: signals are its caller's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output; if so, keep the interpreter from telling so at exit."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    state = select.poll()
+    state.register(output, 0)  # errors and hang-ups are always reported
+    if not state.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
+def _user_message(error: MdlmError | OSError) -> str | None:
+    """The line for a mistake of the user's; None for a bug."""
+    if isinstance(error, MdlmError):
+        return str(error)
+    named = f"{error.filename}: " if error.filename is not None else ""
+    if error.errno in DISK_FULL or (named and error.errno in USER_PATHS):
+        return f"{named}{error.strerror}"
+    return None
+
+
+def _unknown(name: str) -> str:
+    if not name:
+        return f"no command given; {PROG} --help lists them"
+    if name in _groups():
+        return f"{name} needs a command{nearest('', _members(name))}"
+    if name.startswith("-"):
+        return f"unknown option {name}{nearest(name, ['--help', '--version', '--debug'])}"
+    group, _, _ = name.partition(" ")
+    choices = _members(group) if group in _groups() else [*COMMANDS, *_groups()]
+    return f"unknown command {name!r}{nearest(name, choices)}"
+
+
+def _groups() -> list[str]:
+    """First words of the commands that have two, in order."""
+    return list(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
+
+
+def _members(group: str) -> list[str]:
+    return [name for name in COMMANDS if name.startswith(f"{group} ")]
+
+
+def _help(group: str) -> str:
+    names = _members(group) if group else list(COMMANDS)
+    width = max(map(len, names))
+    return "\n".join(
+        [
+            f"usage: {PROG} {group or '[--debug] COMMAND'}{' COMMAND' if group else ''} [ARGUMENT ...]",
+            "",
+            *(f"  {name:{width}}  {COMMANDS[name][1]}" for name in names),
+            "",
+            f"{PROG} COMMAND --help shows a command's arguments.",
+            f"{PROG} COMMAND configs/NAME.yaml --key.sub VALUE reads a file and overrides it.",
+            "--debug before the command shows the traceback of an error; --version shows the version.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Perplexity of a masked diffusion model: the continuous-time bound, estimated and with its error.
+
+Estimator: each sequence is corrupted at `times_per_sequence` times that are stratified over [1e-3, 1], and
+the mean over all positions of -log p(x_0 | x_t) / t is averaged over sequences. It is an upper bound in
+expectation; the standard error is that of the mean over sequences.
+"""
+
+# Axes: batch, pos
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mdlm_interp.diffusion import LogLinearSchedule, corrupt, nelbo_per_token, sequence_times
+from mdlm_interp.model import HookedMDLM
+from mdlm_interp.shapes import Int64
+
+N_TIME_BINS = 10
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(x_t, sigma) to raw logits."""
+
+
+@dataclass(frozen=True)
+class Nelbo:
+    """An estimated bound on the negative log-likelihood."""
+
+    nats_per_token: float
+    standard_error: float
+    """Of nats_per_token, over sequences."""
+    n_sequences: int
+    n_tokens: int
+    by_time: tuple[float, ...]
+    """Mean cross-entropy in nats per masked token, in ten equal bins of t; nan where a bin is empty."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the bound per token."""
+        return math.exp(self.nats_per_token)
+
+    def bits_per_byte(self, n_bytes: int) -> float:
+        """Bits per byte of text, for the bytes that the evaluated tokens stand for."""
+        return self.nats_per_token * self.n_tokens / n_bytes / math.log(2)
+
+
+def nelbo(
+    model: HookedMDLM,
+    x_0: Int64[Tensor, "batch pos"],
+    *,
+    seed: int = 0,
+    times_per_sequence: int = 4,
+    batch_size: int = 32,
+    predict: Predict | None = None,
+    progress: bool = False,
+) -> Nelbo:
+    """Estimate the bound on token blocks.
+
+    Args:
+        x_0: Clean sequences; every position counts.
+        seed: Key of times and masks: the same seed corrupts the same way for every model compared.
+        predict: What gives the logits, if not the model itself: a replacement model, say.
+        progress: Show a bar on a terminal.
+    """
+    predict = predict or model
+    schedule, mask_id = LogLinearSchedule(), model.config.mask_id
+    draws = [row * times_per_sequence + k for row in range(x_0.shape[0]) for k in range(times_per_sequence)]
+    # Consecutive draws spread evenly over t, so a sequence's own times are stratified too.
+    times = sequence_times(seed, draws)
+    per_draw: list[Tensor] = []
+    entropy_sum, masked_count = torch.zeros(N_TIME_BINS), torch.zeros(N_TIME_BINS)
+    with torch.inference_mode(), tqdm(total=len(draws), desc="bound", unit="seq", disable=None if progress else True) as bar:
+        for start in range(0, len(draws), batch_size):
+            chosen = draws[start : start + batch_size]
+            t = times[start : start + batch_size]
+            clean = x_0[[draw // times_per_sequence for draw in chosen]]
+            noised = corrupt(clean, schedule.move_chance(t), mask_id, seed=seed, indices=chosen)
+            logits = predict(noised.to(model.device), schedule.sigma(t).float().to(model.device)).cpu()
+            losses = nelbo_per_token(logits.float(), clean, noised, t, mask_id).double()
+            per_draw.append(losses.mean(1))
+            bins = (t * N_TIME_BINS).long().clamp(max=N_TIME_BINS - 1)
+            entropy_sum.index_add_(0, bins, (losses.sum(1) * t).float())
+            masked_count.index_add_(0, bins, (noised == mask_id).sum(1).float())
+            bar.update(len(chosen))
+    per_sequence = torch.cat(per_draw).reshape(x_0.shape[0], times_per_sequence).mean(1)
+    spread = float(per_sequence.std()) / math.sqrt(len(per_sequence)) if len(per_sequence) > 1 else math.nan
+    return Nelbo(
+        nats_per_token=float(per_sequence.mean()),
+        standard_error=spread,
+        n_sequences=x_0.shape[0],
+        n_tokens=x_0.numel(),
+        by_time=tuple((entropy_sum / masked_count).tolist()),
+    )

@@ -1,0 +1,338 @@
+"""What a capture records is the model's own activations on text that seed and number alone decide."""
+
+from collections import namedtuple
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import Tensor
+
+from capture import CaptureConfig, open_store, run_capture
+from capture.run import last_block_needed
+from mdlm_interp import HookedMDLM, load_tokenizer
+from mdlm_interp.checkpoints import sha256_of
+from mdlm_interp.diffusion import LogLinearSchedule, corrupt, sequence_times
+from mdlm_interp.documents import TokenBlock, read_documents, token_blocks
+from mdlm_interp.errors import ConfigError, DataError, HookError, OutputExistsError, StoreError
+from mdlm_interp.model import all_hook_names
+
+PER_HEAD = ("blocks.1.attn.hook_q", "blocks.*.attn.hook_z", "blocks.0.ln1.hook_scale", "hook_logits")
+
+
+def recomputed(config: CaptureConfig) -> tuple[list[TokenBlock], Tensor, Tensor, Tensor]:
+    """The blocks, x0, xt and t of a capture, all sequences at once and without its code."""
+    tokenizer = load_tokenizer(config.model)
+    documents = read_documents(config.files)
+    blocks = list(islice(token_blocks(documents, tokenizer, config.length or 0, wrap=config.wrap), 21))
+    x0 = torch.stack([torch.from_numpy(block.ids) for block in blocks])
+    t = sequence_times(config.seed, range(21))
+    move = LogLinearSchedule().move_chance(t)
+    return blocks, x0, corrupt(x0, move, tokenizer.mask_id, seed=config.seed, indices=range(21)), t
+
+
+def test_coordinates_equal_a_direct_recomputation(config, small_shards):
+    store = run_capture(config)
+    blocks, x0, xt, t = recomputed(config)
+    assert len(store) == 504
+    assert store.n_sequences == 21
+    coords = store.coords(slice(None))
+    assert torch.equal(coords["seq"], torch.arange(504) // 24)
+    assert torch.equal(coords["pos"], torch.arange(504) % 24)
+    assert torch.equal(coords["x0"], x0.flatten())
+    assert torch.equal(coords["xt"], xt.flatten())
+    assert torch.equal(coords["is_masked"], (xt == load_tokenizer(config.model).mask_id).flatten())
+    assert torch.equal(coords["doc"], torch.from_numpy(np.concatenate([block.documents for block in blocks])))
+    assert torch.equal(coords["t"], t.repeat_interleave(24))
+    assert all(torch.equal(*pair) for pair in zip(store.tokens(), (x0, xt), strict=True))
+    assert torch.equal(store.times(), t)
+    assert 0.3 < coords["is_masked"].double().mean() < 0.7
+
+
+def test_sequence_columns_hold_the_plan(config):
+    store = run_capture(config)
+    blocks, _, _, t = recomputed(config)
+    seqs = {
+        name: np.asarray(zarr.open_array(store.path / "seqs" / name, mode="r")[...])
+        for name in ("sigma", "seed", "source", "offset")
+    }
+    assert np.array_equal(seqs["sigma"], LogLinearSchedule().sigma(t).numpy())
+    assert np.array_equal(seqs["seed"], np.full(21, 5, np.uint64))
+    assert seqs["source"].tolist() == [block.source for block in blocks]
+    assert seqs["offset"].tolist() == [block.offset for block in blocks]
+
+
+@pytest.mark.parametrize(
+    "hooks", [("blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out"), PER_HEAD, ("hook_embed",)]
+)
+def test_activations_are_bitwise_those_of_run_with_cache_on_the_same_batch(config, small_shards, hooks):
+    store = run_capture(replace(config, hooks=hooks))
+    model = HookedMDLM.from_pretrained(config.model)
+    _, _, xt, _ = recomputed(config)
+    for first in (0, 16):
+        batch = xt[first : first + 16]
+        with torch.inference_mode():
+            _, cache = model.run_with_cache(batch, hooks)
+        found = store.read(slice(first * 24, first * 24 + batch.numel()))
+        assert list(found) == list(cache) == list(store.hooks)
+        for name, values in found.items():
+            assert torch.equal(values, cache[name].flatten(0, 1)), name
+            assert store.row_shape(name) == tuple(values.shape[1:])
+
+
+def test_per_head_rows_keep_their_head_axis(config):
+    store = run_capture(replace(config, hooks=PER_HEAD))
+    shapes = {name: tuple(values.shape) for name, values in store.read([3, 1]).items()}
+    assert shapes["blocks.1.attn.hook_q"] == (2, 2, 16)
+    assert shapes["blocks.0.ln1.hook_scale"] == (2, 1)
+    assert shapes["hook_logits"] == (2, 301)
+
+
+def test_batch_size_changes_tokens_times_and_masks_not_at_all_and_activations_by_rounding(capture):
+    stores = [capture(batch_size=size) for size in (1, 3, 16)]
+    reference, others = stores[0], stores[1:]
+    for other in others:
+        for name, values in reference.coords(slice(None)).items():
+            assert torch.equal(values, other.coords(slice(None))[name]), name
+        for name, values in reference.read(slice(None)).items():
+            # float32 sums in another order: values are around 1 and 1e-5 is tens of roundings.
+            torch.testing.assert_close(other.read(slice(None))[name], values, rtol=0, atol=1e-5)
+
+
+def test_the_same_run_has_the_same_fingerprint_and_another_seed_another(capture):
+    first, again, other = capture(), capture(), capture(seed=6)
+    assert first.fingerprint() == again.fingerprint()
+    assert first.fingerprint() != other.fingerprint()
+
+
+def test_the_fingerprint_does_not_depend_on_shards(capture, monkeypatch):
+    one_shard = capture()
+    monkeypatch.setattr("capture.schema.CHUNK_ROWS", 16)
+    monkeypatch.setattr("capture.schema.SHARD_ROWS", 64)
+    eight = capture()
+    assert (len(one_shard.manifest.shards), len(eight.manifest.shards)) == (1, 8)
+    assert one_shard.fingerprint() == eight.fingerprint()
+
+
+@pytest.mark.parametrize(("time", "low", "high"), [(0.0, 0.0, 0.0), (0.5, 0.4, 0.6), (1.0, 0.98, 1.0)])
+def test_fixed_time_masks_that_share(config, time, low, high):
+    store = run_capture(replace(config, times="fixed", time=time))
+    assert torch.equal(store.times(), torch.full((21,), time, dtype=torch.float64))
+    assert low <= float(store.coords(slice(None))["is_masked"].double().mean()) <= high
+
+
+def test_unwrapped_blocks_hold_text_only(config):
+    tokenizer = load_tokenizer(config.model)
+    wrapped, plain = (
+        run_capture(replace(config, wrap=wrap, out=config.out / str(wrap))) for wrap in (True, False)
+    )
+    assert (wrapped.tokens()[0][:, [0, -1]] == tokenizer.eos_id).all()
+    assert not (plain.tokens()[0][:, [0, -1]] == tokenizer.eos_id).all()
+    assert (wrapped.coords(slice(0, 24))["doc"][[0, -1]] == -1).all()
+
+
+def test_length_defaults_to_the_context_and_max_sequences_to_all_the_text(config):
+    store = run_capture(replace(config, length=None, max_sequences=None))
+    tokenizer = load_tokenizer(config.model)
+    assert store.length == 32
+    assert store.n_sequences == sum(1 for _ in token_blocks(read_documents(config.files), tokenizer, 32))
+    assert store.config["length"] == 32
+    assert store.config["tokenizer"] == config.model
+
+
+def test_a_time_conditioned_model_gets_sigma(config, tmp_path, model_directory):
+    base = HookedMDLM.from_pretrained(model_directory)
+    model = HookedMDLM(replace(base.config, time_conditioning=True))
+    model.load_state_dict(base.state_dict())
+    model.save_pretrained(tmp_path / "timed")
+    load_tokenizer(model_directory).save(tmp_path / "timed")
+    store = run_capture(replace(config, model=str(tmp_path / "timed"), max_sequences=4))
+    _, xt, t = (values[:4] for values in recomputed(config)[1:])
+    with torch.inference_mode():
+        _, cache = model.eval().run_with_cache(xt, store.hooks, timesteps=LogLinearSchedule().sigma(t))
+    for name, values in store.read(slice(None)).items():
+        assert torch.equal(values, cache[name].flatten(0, 1))
+
+
+def test_provenance_names_every_input_by_hash(config, model_directory):
+    record = run_capture(config).provenance
+    assert record["weights_sha256"] == sha256_of(model_directory / "model.safetensors")
+    assert record["tokenizer_sha256"] == load_tokenizer(model_directory).sha256
+    assert record["sources"] == [
+        {"file": str(file), "sha256": sha256_of(file), "bytes": file.stat().st_size} for file in config.files
+    ]
+    assert record["seed"] == 5
+    assert record["batch_shape"] == [16, 24]
+    assert record["arithmetic"] == "native"
+    assert record["schedule"] == {"name": "log-linear", "eps": 1e-3, "min_time": 1e-3}
+    assert record["threads"] == torch.get_num_threads()
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"mdlm_interp", "numpy", "zarr"} <= set(record["versions"])
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_an_existing_output_is_refused_and_untouched(config, kind):
+    if kind == "directory":
+        config.out.mkdir()
+        kept, message = config.out / "notes.txt", "is not empty; choose another --out, or remove it first"
+    else:
+        kept, message = config.out, "is a file; choose another --out, or remove it first"
+    kept.write_text("mine")
+    with pytest.raises(OutputExistsError, match=message):
+        run_capture(config)
+    assert kept.read_text() == "mine"
+    assert sorted(config.out.parent.rglob("*")) == sorted({config.out, kept})
+
+
+def test_an_empty_directory_is_no_obstacle(config):
+    config.out.mkdir()
+    assert run_capture(config).complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"length": 33},
+            ConfigError,
+            "length 33 is more than the model's context of 32 tokens; lower --length",
+        ),
+        ({"hooks": ("blocks.*.hook_mlp_ot",)}, HookError, "no hook point matches 'blocks.*.hook_mlp_ot'"),
+        (
+            {"hooks": ("blocks.*",)},
+            HookError,
+            "blocks.0.adaln.hook_shift_attn (and 15 more) has no position axis, and a store keeps one row",
+        ),
+        ({"hooks": ("hook_cond",)}, HookError, "hook_cond has no position axis"),
+        (
+            {"hooks": ("blocks.1.attn.hook_pattern",)},
+            HookError,
+            "blocks.1.attn.hook_pattern has two position axes",
+        ),
+    ],
+)
+def test_a_request_that_does_not_fit_the_model_is_refused_before_writing(config, changes, error, message):
+    with pytest.raises(error) as caught:
+        run_capture(replace(config, **changes))
+    assert message in str(caught.value)
+    assert not config.out.exists()
+
+
+def test_text_shorter_than_one_block_is_refused_with_its_token_count(config, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the old fox")
+    tokens = len(load_tokenizer(config.model).encode("the old fox")) + 1
+    with pytest.raises(DataError) as caught:
+        run_capture(replace(config, files=(short,)))
+    assert str(caught.value) == (
+        f"the text has {tokens} tokens and one sequence of length 24 needs 22; "
+        f"lower --length or give more text"
+    )
+    assert not config.out.exists()
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(config, tmp_path):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    vocabulary = {"<|endoftext|>": 0, "a": 1}
+    Backend(models.BPE(vocab=vocabulary, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"has 3 ids and the model .* has 301; name the tokenizer"):
+        run_capture(replace(config, tokenizer=str(tmp_path)))
+
+
+def test_a_store_that_the_disk_cannot_hold_is_refused_before_writing(config, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
+    with pytest.raises(StoreError) as caught:
+        run_capture(config)
+    # A row has four hooks of 32 floats, five int64 and a bool: 553 bytes; 0.9 * 100 kB holds 6 x 24 of them.
+    assert "needs 0.0 GB for 504 rows" in str(caught.value)
+    assert "lower --max-sequences to 6, record fewer hooks or choose another --out" in str(caught.value)
+    assert not config.out.exists()
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(config, monkeypatch):
+    import capture.run as module
+
+    reads = 0
+
+    def rereading(*arguments):
+        nonlocal reads
+        reads += 1
+        return islice(original(*arguments), 0 if reads == 1 else 1, None)
+
+    original = module.read_blocks
+    monkeypatch.setattr(module, "read_blocks", rereading)
+    with pytest.raises(DataError, match="the text changed while it was read, at sequence 0"):
+        run_capture(config)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "stop"),
+    [
+        (["hook_embed"], 0),
+        (["hook_embed", "blocks.0.hook_mlp_out"], 1),
+        (["blocks.10.hook_resid_post", "blocks.2.mlp.hook_in"], 11),
+        (["blocks.1.mlp.hook_in", "hook_final_in"], None),
+        (["ln_final.hook_scale"], None),
+    ],
+)
+def test_the_pass_goes_no_further_than_the_last_hook(hooks, stop):
+    assert last_block_needed(hooks) == stop
+
+
+def test_every_hook_point_has_the_row_shape_that_the_schema_says_or_is_refused(model_directory):
+    from capture.schema import row_axes, row_shape
+
+    model = HookedMDLM.from_pretrained(model_directory)
+    _, cache = model.run_with_cache(torch.zeros(3, 5, dtype=torch.int64))
+    assert list(cache) == all_hook_names(2)
+    for name, value in cache.items():
+        if row_axes(name) is None:
+            assert value.shape[:2] != (3, 5), name
+        else:
+            assert tuple(value.shape) == (3, 5, *row_shape(name, model.config)), name
+
+
+def test_an_interrupted_run_leaves_a_readable_committed_prefix(config, small_shards, monkeypatch):
+    whole = run_capture(replace(config, out=config.out.with_name("whole.zarr"), batch_size=4))
+    forward, calls = HookedMDLM.forward, 0
+
+    def failing(self: HookedMDLM, *args: object, **kwargs: object) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HookedMDLM, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_capture(replace(config, batch_size=4))
+    store = open_store(config.out)
+    # 12 sequences of 24 were run: 288 rows; 4 shards of 64 are durable, and 10 sequences lie wholly in them.
+    assert not store.complete
+    assert [shard.rows for shard in store.manifest.shards] == [(0, 64), (64, 128), (128, 192), (192, 256)]
+    assert [(s.first_sequence, s.n_sequences) for s in store.manifest.shards] == [
+        (0, 2),
+        (2, 3),
+        (5, 3),
+        (8, 2),
+    ]
+    assert (len(store), store.n_sequences) == (240, 10)
+    for name, values in store.read(slice(None)).items():
+        assert torch.equal(values, whole.read(slice(0, 240))[name])
+    for name, values in store.coords(slice(None)).items():
+        assert torch.equal(values, whole.coords(slice(0, 240))[name])
+    assert store.tokens()[0].shape == (10, 24)
+    with pytest.raises(StoreError, match=r"got 240; the store is incomplete, 240 of 504 rows are committed"):
+        store.read([240])
+
+
+def test_an_output_below_missing_directories_is_made(config, tmp_path):
+    out = tmp_path / "a" / "b" / "run.zarr"
+    assert run_capture(replace(config, out=out)).path == out
+    assert isinstance(out, Path)

@@ -1,0 +1,214 @@
+"""A transcoder as a directory, and the state of a training run.
+
+    config.json          format, shape and hook points, provenance (run, store and model by hash)
+    clt.safetensors      W_enc, b_enc, W_dec.0 ..., b_dec and the normalisation, float32
+
+Every file is complete and on disk before it gets its name, and config.json comes last: a directory
+without it is no transcoder. A training state is such a directory with the optimiser's tensors and the
+loop's position beside it; it is renamed into place as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mdlm_interp.config_files import from_mapping, to_mapping
+from mdlm_interp.errors import CheckpointError, ConfigError, OutputExistsError, nearest
+from mdlm_interp.model import HookedMDLM
+from transcoder.config import TranscoderConfig
+from transcoder.identity import check_model, check_source
+from transcoder.model import CrossLayerTranscoder
+
+FORMAT = "mdlm-interp clt"
+VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "clt.safetensors"
+OPTIMISER = "optimiser.safetensors"
+LOOP = "loop.json"
+CHECKPOINTS = "checkpoints"
+PARTIAL = ".partial"
+
+
+def save_clt(clt: CrossLayerTranscoder, directory: str | Path) -> None:
+    """Write config.json and clt.safetensors; never over an existing transcoder."""
+    directory = Path(directory)
+    for name in (CONFIG, WEIGHTS):
+        if (directory / name).exists():
+            raise OutputExistsError(
+                f"{directory / name} exists; save to another directory or remove it first"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / WEIGHTS, clt.state_dict())
+    stored = {
+        "format": FORMAT,
+        "version": VERSION,
+        "transcoder": to_mapping(clt.config),
+        "provenance": clt.provenance,
+    }
+    write_json(directory / CONFIG, stored)
+
+
+def load_clt(
+    directory: str | Path, model: HookedMDLM | str | Path | None = None, *, device: str | torch.device = "cpu"
+) -> CrossLayerTranscoder:
+    """Read a transcoder.
+
+    Args:
+        model: The model it will be used with, or its source; it must be the one whose activations the
+            transcoder was trained on.
+    Raises:
+        CheckpointError: If a file is missing or damaged, a tensor is missing, unknown or of another
+            shape, or the transcoder belongs to another model.
+    """
+    directory = Path(directory)
+    config, provenance = _read_config(directory)
+    with torch.device("meta"):
+        clt = CrossLayerTranscoder(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in clt.state_dict().items()}
+    state = read_tensors(directory / WEIGHTS)
+    for name, tensor in state.items():
+        _check_tensor(name, tensor, expected, directory)
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"{directory / WEIGHTS} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}; "
+            f"is n_layers in {CONFIG} right?"
+        )
+    clt.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
+    clt.requires_grad_(True)
+    clt.provenance = provenance
+    if isinstance(model, HookedMDLM):
+        check_model(clt, model)
+    elif model is not None:
+        check_source(clt, model)
+    return clt
+
+
+def _read_config(directory: Path) -> tuple[TranscoderConfig, dict[str, Any]]:
+    path = directory / CONFIG
+    stored = read_json(path)
+    if stored.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {stored.get('format')!r}, expected {FORMAT!r}; "
+            f"is it another kind of directory?"
+        )
+    if stored.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {stored.get('version')!r}, this package reads {VERSION}; update the package"
+        )
+    try:
+        config = from_mapping(TranscoderConfig, stored.get("transcoder", {}), source=str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    provenance = stored.get("provenance", {})
+    return config, dict(provenance) if isinstance(provenance, Mapping) else {}
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, expected: Mapping[str, tuple[int, ...]], directory: Path
+) -> None:
+    file = directory / WEIGHTS
+    if name not in expected:
+        raise CheckpointError(
+            f"{file} holds {name!r}, which the transcoder of {CONFIG} does not have{nearest(name, expected)}"
+        )
+    if tuple(tensor.shape) != expected[name]:
+        raise CheckpointError(
+            f"{name} in {file} has shape {tuple(tensor.shape)}, {CONFIG} implies {expected[name]}; "
+            f"trained with another n_features?"
+        )
+    if tensor.dtype != torch.float32:
+        raise CheckpointError(
+            f"{name} in {file} is {str(tensor.dtype).removeprefix('torch.')}, expected float32"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{name} in {file} has values that are not finite; the file is damaged")
+
+
+def save_training_state(
+    out: Path, clt: CrossLayerTranscoder, step: int, optimiser: Mapping[str, Tensor], loop: Mapping[str, Any]
+) -> Path:
+    """Write the state after `step` steps and remove older ones; returns its directory."""
+    final = out / CHECKPOINTS / f"step-{step:08d}"
+    partial = final.with_name(final.name + PARTIAL)
+    for left_over in (partial, final):
+        shutil.rmtree(left_over, ignore_errors=True)
+    save_clt(clt, partial)
+    write_tensors(partial / OPTIMISER, optimiser)
+    write_json(partial / LOOP, {"step": step, **loop})
+    os.replace(partial, final)
+    _sync_directory(final.parent)
+    for other in final.parent.iterdir():
+        if other != final and re.fullmatch(r"step-\d{8}(\.partial)?", other.name):
+            shutil.rmtree(other)
+    return final
+
+
+def latest_training_state(out: Path) -> Path | None:
+    """Directory of the newest complete state, or None."""
+    found = sorted(path for path in (out / CHECKPOINTS).glob("step-????????") if path.is_dir())
+    return found[-1] if found else None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file under its final name only when it is complete and on disk."""
+    partial = path.with_name(path.name + PARTIAL)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    _finish(partial, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file under its final name only when it is complete and on disk."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _finish(partial, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}; is it a transcoder's directory?")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path.parent} has no {path.name}; is it a transcoder's directory?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(stored).__name__}")
+    return stored
+
+
+def _finish(partial: Path, path: Path) -> None:
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(partial, path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

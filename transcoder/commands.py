@@ -1,0 +1,102 @@
+"""The commands `mdlm-interp clt train` and `mdlm-interp clt eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdlm_interp.config_args import parse_args
+from mdlm_interp.errors import ConfigError, OutputExistsError
+from transcoder.config import METRICS, CLTRunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure a transcoder on a store's held-out sequences and inside its model."""
+
+    clt: Path
+    """Directory of the transcoder."""
+    store: Path
+    """Activation store; of the one it was trained on, only the held-out sequences are used."""
+    out: Path | None = None
+    """Directory for the report; none takes the directory eval inside the transcoder's."""
+    model: str = "bundled"
+    """Model directory, hub id, or "bundled": the model that the store was captured from."""
+    device: str = "cpu"
+    """Where to run, as torch names it."""
+    max_sequences: int | None = 64
+    """Sequences to use, evenly spread over those held out; none uses all."""
+    batch_size: int = 8
+    """Sequences per forward pass; it changes results by rounding only."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train a transcoder and say what came out."""
+    config = parse_args(
+        CLTRunConfig, argv, prog="mdlm-interp clt train", positional=("store",), config_file=True
+    )
+    from transcoder.checkpoint import latest_training_state
+    from transcoder.report import read_log
+    from transcoder.run import train as run
+
+    try:
+        clt = run(config, progress=True)
+    except KeyboardInterrupt:
+        saved = latest_training_state(config.out)
+        if saved is not None:
+            print(f"the state is saved in {saved}; the same command continues from there")
+        raise
+    last = read_log(config.out / METRICS)[-1]
+    print(f"{config.out}: {clt.extra_repr()}")
+    print(
+        f"after {last['step']} steps on {last['rows']:,} rows: FVU {last['fvu']:.3f}, "
+        f"L0 {last['l0']:.1f} per layer, {last['dead']} dead features"
+    )
+    print(f"next: mdlm-interp clt eval {config.out} {config.store} --model {_model_of(config.store)}")
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Evaluate a transcoder and write a report."""
+    config = parse_args(
+        EvalConfig, argv, prog="mdlm-interp clt eval", positional=("clt", "store"), config_file=True
+    )
+    from capture import open_store
+    from mdlm_interp.model import HookedMDLM
+    from transcoder.checkpoint import load_clt
+    from transcoder.evaluation import evaluate as run
+    from transcoder.report import REPORT, layer_table, summary, write_report
+
+    out = config.out or config.clt / "eval"
+    if (out / REPORT).exists():
+        raise OutputExistsError(f"{out / REPORT} exists; choose another --out")
+    store = open_store(config.store)
+    clt = load_clt(config.clt, config.model, device=config.device)
+    model = HookedMDLM.from_pretrained(config.model, device=config.device)
+    evaluation = run(
+        model, clt, store, max_sequences=config.max_sequences, batch_size=config.batch_size, progress=True
+    )
+    about = {
+        "transcoder": str(config.clt),
+        "shape": clt.extra_repr(),
+        "model": config.model,
+        "store": str(config.store),
+    }
+    files = write_report(evaluation, out, about=about, training_log=config.clt / METRICS)
+    print("\n".join(layer_table(evaluation)))
+    print("\n".join(summary(evaluation)))
+    print("wrote " + ", ".join(str(file) for file in files))
+    return 0
+
+
+def _model_of(store: Path) -> str:
+    from capture import open_store
+
+    return str(open_store(store).config.get("model", "bundled"))

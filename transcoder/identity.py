@@ -1,0 +1,116 @@
+"""Whether a transcoder belongs to a model.
+
+A transcoder records the SHA-256 of the weights files that its activations came from, and a probe: one
+sequence of the store with a few of its activations. A model's source is checked by the hash; a model in
+memory, which may have been moved or cast since, is run on the probe.
+"""
+
+# Axes: layer, pos, d_model
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mdlm_interp.checkpoints import resolve_source, weights_sha256
+from mdlm_interp.diffusion import LogLinearSchedule
+from mdlm_interp.errors import CheckpointError, DataError
+from mdlm_interp.model import HookedMDLM
+from transcoder.config import TranscoderConfig
+from transcoder.data import RowStore
+
+if TYPE_CHECKING:
+    from transcoder.model import CrossLayerTranscoder
+
+PROBE_VALUES = 4
+"""Positions, and dimensions of each, whose activations a probe records."""
+
+PROBE_TOLERANCE = 1e-3
+"""In standard deviations of the layer: a hundred times what batch shapes and devices differ by in float32."""
+
+
+def make_probe(store: RowStore, config: TranscoderConfig) -> dict[str, Any]:
+    """The first sequence of a store, and activations of every output hook at a few places of it."""
+    positions = _spread(store.length)
+    dims = _spread(config.d_model)
+    read = store.read(positions, list(config.output_hooks))
+    return {
+        "x_t": store.tokens()[1][0].tolist(),
+        "t": float(store.times()[0]),
+        "positions": positions,
+        "dims": dims,
+        "values": [read[name][:, dims].tolist() for name in config.output_hooks],
+    }
+
+
+def check_source(clt: CrossLayerTranscoder, source: str | Path) -> None:
+    """Raise CheckpointError if the weights of a model source are not those that the transcoder records."""
+    recorded = recorded_sha256(clt)
+    if recorded is None:
+        return
+    found = weights_sha256(resolve_source(source))
+    if found != recorded:
+        raise CheckpointError(
+            f"the transcoder was trained on another model: the weights of {str(source)!r} have sha256 "
+            f"{found}, its activations came from {recorded}; give the model that the store was captured from"
+        )
+
+
+@torch.no_grad()
+def check_model(clt: CrossLayerTranscoder, model: HookedMDLM) -> None:
+    """Raise an error if the transcoder does not fit a model, or the model does not give the probe's values.
+
+    Raises:
+        CheckpointError: If it was trained on another model.
+        DataError: If the model is in training mode with dropout, which would make errors random.
+    """
+    if model.training and model.config.dropout > 0:
+        raise DataError(
+            "the model is in training mode and drops activations at random; call model.eval() first"
+        )
+    shape, wanted = (
+        (model.config.n_blocks, model.config.hidden_dim),
+        (clt.config.n_layers, clt.config.d_model),
+    )
+    if shape != wanted:
+        raise CheckpointError(
+            f"the transcoder is for {wanted[0]} layers of width {wanted[1]}, the model has {shape[0]} of "
+            f"width {shape[1]}; it was trained on another model"
+        )
+    probe = clt.provenance.get("probe")
+    if not isinstance(probe, Mapping):
+        return
+    x_t = torch.tensor([probe["x_t"]], device=model.device)
+    if int(x_t.max()) >= model.config.vocab_size:
+        raise CheckpointError("the transcoder was trained on another model, whose vocabulary is larger")
+    sigma = LogLinearSchedule().sigma(torch.tensor([probe["t"]], dtype=torch.float64))
+    names = list(clt.config.output_hooks)
+    _, cache = model.run_with_cache(x_t, names, timesteps=sigma.float().to(model.device), device="cpu")
+    for layer, name in enumerate(names):
+        found = cache[name][0][probe["positions"]][:, probe["dims"]].double()
+        expected = torch.tensor(probe["values"][layer], dtype=torch.float64)
+        worst = int((found - expected).abs().argmax())
+        difference = abs(float(found.flatten()[worst] - expected.flatten()[worst]))
+        if not difference * float(clt.out_scale[layer]) <= PROBE_TOLERANCE:
+            raise CheckpointError(
+                f"the transcoder was trained on another model: {name} is {float(found.flatten()[worst]):.6g} "
+                f"where its training data has {float(expected.flatten()[worst]):.6g} (weights sha256 "
+                f"{recorded_sha256(clt) or 'unknown'})"
+            )
+
+
+def recorded_sha256(clt: CrossLayerTranscoder) -> str | None:
+    """SHA-256 of the weights whose activations the transcoder was trained on, if recorded."""
+    store = clt.provenance.get("store", {})
+    found = store.get("provenance", {}).get("weights_sha256")
+    return None if found is None else str(found)
+
+
+def _spread(size: int) -> list[int]:
+    """A few numbers spread over range(size)."""
+    chosen: Sequence[int] = np.unique(np.linspace(0, size - 1, PROBE_VALUES).round().astype(int)).tolist()
+    return list(chosen)

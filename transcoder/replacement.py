@@ -1,0 +1,273 @@
+"""A model with a transcoder in place of its MLPs, by hooks.
+
+At `blocks.l.mlp.hook_in` layer l's features are encoded from what the MLP would read; at
+`blocks.l.hook_mlp_out` the MLP's output is replaced by the reconstruction from the features of layers
+0 to l of this same pass. With the error terms of a pass without the splice added back, the result is
+the model's own, bit for bit. Feature edits leave the MLPs in place and add only the difference that
+the edit makes to the reconstruction, so the model's own errors are kept.
+
+All of these are contexts on the model itself and nest with any other hooks.
+"""
+
+# Axes: layer, batch, pos, d_model, feature, vocab
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mdlm_interp.errors import DataError
+from mdlm_interp.hooks import HookFunction, HookPoint
+from mdlm_interp.model import HookedMDLM
+from mdlm_interp.shapes import Bool, Float, Int64
+from transcoder.identity import check_model
+from transcoder.model import CrossLayerTranscoder
+
+
+@dataclass(frozen=True)
+class FeatureEdit:
+    """Multiply a feature's activation; 0 ablates it."""
+
+    layer: int
+    feature: int
+    positions: tuple[int, ...] | None = None
+    """Positions of the sequences; None for all."""
+    scale: float = 0.0
+    """Factor on the activation."""
+
+
+@dataclass(frozen=True)
+class ErrorTerms:
+    """MLP outputs and their reconstructions in one pass of the model, each [batch pos d_model] by layer."""
+
+    y: list[Tensor]
+    y_hat: list[Tensor]
+
+    @property
+    def values(self) -> Float[Tensor, "layer batch pos d_model"]:
+        """What the reconstructions miss."""
+        return torch.stack(self.y) - torch.stack(self.y_hat)
+
+
+class ReplacementModel:
+    """A model and the transcoder that can stand in for its MLPs.
+
+    Args:
+        check: Run the model on the transcoder's probe, to be sure that they belong together.
+    Raises:
+        CheckpointError: If the transcoder was trained on another model.
+    """
+
+    def __init__(self, model: HookedMDLM, clt: CrossLayerTranscoder, *, check: bool = True) -> None:
+        if check:
+            check_model(clt, model)
+        self.model, self.clt = model, clt
+
+    def __call__(
+        self,
+        input_ids: Int64[Tensor, "batch pos"],
+        timesteps: Tensor | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        error_terms: bool = False,
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Raw logits of the model with MLPs replaced.
+
+        Args:
+            timesteps: sigma, as the model takes it.
+            layers: Blocks whose MLP is replaced; all by default.
+            error_terms: Add back what the reconstruction misses in a pass without the splice.
+        """
+        errors = self.error_terms(input_ids, timesteps) if error_terms else None
+        with self.spliced(layers, errors):
+            logits: Tensor = self.model(input_ids, timesteps)
+        return logits
+
+    def error_terms(
+        self, input_ids: Int64[Tensor, "batch pos"], timesteps: Tensor | None = None
+    ) -> ErrorTerms:
+        """What the transcoder misses of each MLP's output, in the model as other hooks leave it."""
+        acts: dict[int, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        y_hat: dict[str, Tensor] = {}
+        targets = {name: layer for layer, name in enumerate(self.clt.config.output_hooks)}
+
+        def compare(tensor: Tensor, hook: HookPoint) -> None:
+            outputs[hook.name] = tensor
+            y_hat[hook.name] = self._decode_to(targets[hook.name], acts)
+
+        with (
+            self._encoding(self.clt.config.n_layers, acts),
+            self._hooks(dict.fromkeys(targets, compare), read_only=True),
+        ):
+            self.model(input_ids, timesteps)
+        return ErrorTerms([outputs[name] for name in targets], [y_hat[name] for name in targets])
+
+    def activations(
+        self, input_ids: Int64[Tensor, "batch pos"], timesteps: Tensor | None = None
+    ) -> tuple[Float[Tensor, "layer batch pos d_model"], Float[Tensor, "layer batch pos d_model"]]:
+        """What the encoders read, and what the decoders should give."""
+        config = self.clt.config
+        names = [*config.input_hooks, *config.output_hooks]
+        _, cache = self.model.run_with_cache(input_ids, names, timesteps=timesteps, clone=False)
+        return (
+            torch.stack([cache[name] for name in config.input_hooks]),
+            torch.stack([cache[name] for name in config.output_hooks]),
+        )
+
+    def feature_acts(
+        self, input_ids: Int64[Tensor, "batch pos"], timesteps: Tensor | None = None
+    ) -> Float[Tensor, "layer batch pos feature"]:
+        """Activations of every feature in the model."""
+        x, _ = self.activations(input_ids, timesteps)
+        return self.clt.encode(x.flatten(1, 2)).reshape(*x.shape[:3], -1)
+
+    @contextmanager
+    def spliced(
+        self,
+        layers: Sequence[int] | None = None,
+        errors: ErrorTerms | None = None,
+    ) -> Iterator[None]:
+        """Replace the MLPs of some blocks (all by default) for the length of a `with` block.
+
+        A replaced layer is reconstructed from the features of all layers up to it, replaced or not.
+
+        Args:
+            errors: Added to the reconstructions; from `error_terms`, on the same input.
+        """
+        chosen = self._layers(layers)
+        acts: dict[int, Tensor] = {}
+
+        def write(target: int) -> HookFunction:
+            def replace(tensor: Tensor, hook: HookPoint) -> Tensor:
+                y_hat = self._decode_to(target, acts)
+                if errors is None:
+                    return y_hat
+                # Not y_hat + (y - y_hat): this way the output keeps its bits while the reconstruction does.
+                return errors.y[target] + (y_hat - errors.y_hat[target])
+
+            return replace
+
+        with self._encoding(max(chosen, default=-1) + 1, acts), self._writing(chosen, write):
+            yield
+
+    @contextmanager
+    def ablated(self, kind: Literal["zero", "mean"], layers: Sequence[int] | None = None) -> Iterator[None]:
+        """Replace MLP outputs by zero, or by their mean over the transcoder's training store."""
+
+        def write(target: int) -> HookFunction:
+            value = self.clt.out_mean[target]
+
+            def replace(tensor: Tensor, hook: HookPoint) -> Tensor:
+                return (
+                    torch.zeros_like(tensor) if kind == "zero" else value.expand_as(tensor).to(tensor.dtype)
+                )
+
+            return replace
+
+        with self._writing(self._layers(layers), write):
+            yield
+
+    @contextmanager
+    def edited(self, edits: Sequence[FeatureEdit]) -> Iterator[None]:
+        """Change features, and with them the outputs of their layer and all later ones; the MLPs stay.
+
+        Adds edited reconstruction minus reconstruction. An edited feature that is not active adds
+        nothing, and leaves every bit as it was.
+        """
+        by_layer: dict[int, list[FeatureEdit]] = {}
+        for edit in edits:
+            if not 0 <= edit.feature < self.clt.config.n_features:
+                raise DataError(f"feature must be in [0, {self.clt.config.n_features}), got {edit.feature}")
+            by_layer.setdefault(self._layers([edit.layer])[0], []).append(edit)
+        changes: dict[int, dict[int, Tensor]] = {}
+
+        def read(layer: int) -> HookFunction:
+            def encode(tensor: Tensor, hook: HookPoint) -> None:
+                changes[layer] = _changes(by_layer[layer], self.clt.encode_layer(tensor, layer))
+
+            return encode
+
+        def write(target: int) -> HookFunction:
+            def add(tensor: Tensor, hook: HookPoint) -> Tensor | None:
+                for source in sorted(layer for layer in changes if layer <= target):
+                    for feature, change in changes[source].items():
+                        row = self.clt.decoder_rows(source, feature)[target - source]
+                        # Not a sum over all positions: x + 0 would turn -0 into 0.
+                        tensor = torch.where(change[..., None] != 0, tensor + change[..., None] * row, tensor)
+                return tensor
+
+            return add
+
+        reading = {self.clt.config.input_hooks[layer]: read(layer) for layer in by_layer}
+        targets = range(min(by_layer, default=self.clt.config.n_layers), self.clt.config.n_layers)
+        with self._hooks(reading, read_only=True), self._writing(list(targets), write):
+            yield
+
+    def _decode_to(self, target: int, acts: Mapping[int, Tensor]) -> Tensor:
+        return self.clt.decode_to(target, [acts[source] for source in range(target + 1)])
+
+    def _layers(self, layers: Sequence[int] | None) -> list[int]:
+        n_layers = self.clt.config.n_layers
+        chosen = list(range(n_layers)) if layers is None else list(layers)
+        for layer in chosen:
+            if not 0 <= layer < n_layers:
+                raise DataError(f"layer must be in [0, {n_layers}), got {layer}")
+        return chosen
+
+    @contextmanager
+    def _encoding(self, n_layers: int, acts: dict[int, Tensor]) -> Iterator[None]:
+        """Keep the feature activations of the first layers of each pass in `acts`."""
+
+        def read(layer: int) -> HookFunction:
+            def encode(tensor: Tensor, hook: HookPoint) -> None:
+                acts[layer] = self.clt.encode_layer(tensor, layer)
+
+            return encode
+
+        functions = {self.clt.config.input_hooks[layer]: read(layer) for layer in range(n_layers)}
+        try:
+            with self._hooks(functions, read_only=True):
+                yield
+        finally:
+            acts.clear()
+
+    @contextmanager
+    def _writing(self, layers: Sequence[int], write: Callable[[int], HookFunction]) -> Iterator[None]:
+        with self._hooks({self.clt.config.output_hooks[layer]: write(layer) for layer in layers}):
+            yield
+
+    @contextmanager
+    def _hooks(self, functions: Mapping[str, HookFunction], *, read_only: bool = False) -> Iterator[None]:
+        with ExitStack() as stack:
+            if functions:
+                stack.enter_context(self.model.hooks(functions, read_only=read_only))
+            yield
+
+
+def _changes(
+    edits: Sequence[FeatureEdit], acts: Float[Tensor, "batch pos feature"]
+) -> dict[int, Float[Tensor, "batch pos"]]:
+    """What edits of one layer add to its features' activations, by feature; edits of one feature chain."""
+    edited: dict[int, Tensor] = {}
+    for edit in edits:
+        before = edited.get(edit.feature, acts[..., edit.feature])
+        edited[edit.feature] = torch.where(_at(edit.positions, before), edit.scale * before, before)
+    return {feature: after - acts[..., feature] for feature, after in edited.items()}
+
+
+def _at(positions: Sequence[int] | None, acts: Float[Tensor, "batch pos"]) -> Bool[Tensor, " pos"]:
+    n_positions = acts.shape[-1]
+    if positions is None:
+        return torch.ones(n_positions, dtype=torch.bool, device=acts.device)
+    for position in positions:
+        if not 0 <= position < n_positions:
+            raise DataError(f"positions must be in [0, {n_positions}), got {position}")
+    at = torch.zeros(n_positions, dtype=torch.bool, device=acts.device)
+    at[list(positions)] = True
+    return at
