@@ -164,7 +164,9 @@ class NativeArithmetic:
         """See `Arithmetic.attention`; within 1e-5 of the explicit path in float32 (tested)."""
         if not self.fused_attention:
             return self.mix(self.softmax(self.attention_scores(q, k)), v)
-        mixed = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        mixed = functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        )
         return mixed.transpose(1, 2)
 
     def rotary_tables(
@@ -198,7 +200,9 @@ class NativeArithmetic:
         >>> torch.equal(arithmetic.rotate(x, cos, sin), flash(x, cos, sin, interleaved=True))
         False
         >>> swap = torch.tensor([0, 2, 1, 3])  # the two conventions differ by this permutation of dimensions
-        >>> torch.equal(arithmetic.rotate(x[..., swap], cos, sin), flash(x, cos, sin, interleaved=True)[..., swap])
+        >>> torch.equal(
+        ...     arithmetic.rotate(x[..., swap], cos, sin), flash(x, cos, sin, interleaved=True)[..., swap]
+        ... )
         True
 
         Source:
@@ -209,7 +213,7 @@ class NativeArithmetic:
         return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
     def time_features(self, sigma: Tensor, width: int) -> Float[Tensor, "batch width"]:
-        """See `Arithmetic.time_features`. Frequencies divide by half the width, not half - 1; cosines first."""
+        """See `Arithmetic.time_features`. Frequencies divide by half the width; cosines first."""
         half = width // 2
         steps = torch.arange(half, device=sigma.device, dtype=sigma.dtype)
         angles = sigma[:, None] * torch.exp(-math.log(10_000.0) * steps / half)

@@ -37,7 +37,7 @@ PUBLISHED_SHA256 = {
 }
 """SHA-256 of model.safetensors by (repository, commit)."""
 
-DEFAULT_REVISION = {repository: commit for repository, commit in PUBLISHED_SHA256}
+DEFAULT_REVISION = dict(PUBLISHED_SHA256.keys())
 """The commit that is loaded when a known repository is asked for without a revision."""
 
 
@@ -53,11 +53,17 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         CheckpointError: If it is neither a directory, a reachable repository id, nor "bundled".
     """
     if source == BUNDLED:
+        if revision is not None:
+            raise CheckpointError(
+                f"revision {revision!r} was given, but the bundled model has only one; drop it"
+            )
         return bundled_directory()
     directory = Path(source)
     if directory.is_dir():
         if revision is not None:
-            raise CheckpointError(f"revision {revision!r} was given, but {directory} is a local directory; drop it")
+            raise CheckpointError(
+                f"revision {revision!r} was given, but {directory} is a local directory; drop it"
+            )
         return directory
     name = str(source)
     if name.count("/") != 1 or directory.is_absolute() or name.startswith((".", "~")) or directory.exists():
@@ -78,8 +84,9 @@ def _download(repository: str, revision: str | None) -> Path:
         directory = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{repository!r} is not in the local cache and could not be downloaded (offline, or HF_HUB_OFFLINE is "
-            f"set); fetch it once on a connected machine, or pass a directory or 'bundled'"
+            f"{repository!r} is not in the local cache and could not be downloaded "
+            f"(offline, or HF_HUB_OFFLINE is set); fetch it once on a connected machine, "
+            f"or pass a directory or 'bundled'"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -130,6 +137,10 @@ def load_model(
     for file in weight_files(directory):
         for name, tensor in read_tensors(file):
             check_tensor(name, tensor, expected, file, config)
+            if name in state:
+                raise CheckpointError(
+                    f"{name} is in {file} and in another shard; download the checkpoint again"
+                )
             low = dtype in (torch.float16, torch.bfloat16)
             # The rotary frequencies stay float32 in a half-precision model; see layers.Rotary.
             kind = torch.float32 if low and name.endswith("inv_freq") else dtype
@@ -150,13 +161,23 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
         try:
-            shards = sorted(set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            stored = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+            shards = sorted({str(shard) for shard in stored["weight_map"].values()})
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
-            raise CheckpointError(f"{directory / INDEX} is no index of shards; download the checkpoint again") from None
-        files = [directory / Path(str(shard)).name for shard in shards]
+            raise CheckpointError(
+                f"{directory / INDEX} is no index of shards; download the checkpoint again"
+            ) from None
+        outside = [shard for shard in shards if shard in ("", "..") or Path(shard).name != shard]
+        if outside:
+            raise CheckpointError(
+                f"{directory / INDEX} names {outside[0]!r}, which is no file of that directory"
+            )
+        files = [directory / shard for shard in shards]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
-            raise CheckpointError(f"{directory} lacks the shard {absent[0]}, named in {INDEX}; download it again")
+            raise CheckpointError(
+                f"{directory} lacks the shard {absent[0]}, named in {INDEX}; download it again"
+            )
         return files
     pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
     if pickles:
@@ -174,7 +195,9 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             for name in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield name, stored.get_tensor(name)
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated or no safetensors file ({error}); download it again") from None
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file ({error}); download it again"
+        ) from None
 
 
 def check_tensor(
@@ -183,7 +206,8 @@ def check_tensor(
     """Raise CheckpointError unless this tensor belongs to the model, fits it and is finite."""
     if name not in expected:
         raise CheckpointError(
-            f"{file} holds {name!r}, which a model with {config.n_blocks} blocks does not have{nearest(name, expected)}"
+            f"{file} holds {name!r}, which a model with {config.n_blocks} blocks does not have"
+            f"{nearest(name, expected)}"
         )
     if tuple(tensor.shape) != expected[name]:
         hint = ""
@@ -195,7 +219,9 @@ def check_tensor(
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} in {file} is {tensor.dtype}, expected floating point numbers")
     if not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{name} in {file} has values that are not finite; the file is damaged or training diverged")
+        raise CheckpointError(
+            f"{name} in {file} has values that are not finite; the file is damaged or training diverged"
+        )
 
 
 def save_model(model: HookedMDLM, directory: Path) -> None:
@@ -203,14 +229,26 @@ def save_model(model: HookedMDLM, directory: Path) -> None:
 
     The weights are complete before they get their name, so an interrupted save leaves no half file.
     """
-    if (directory / WEIGHTS).exists():
-        raise OutputExistsError(f"{directory / WEIGHTS} exists; save to another directory or remove it first")
-    directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps(model.config.to_mapping(), indent=2) + "\n"
-    (directory / "config.json").write_text(config, encoding="utf-8")
+    settled = directory / "config.json"
+    # An interrupted save leaves its own config.json for the next attempt; another's may not be lost.
+    present = [directory / name for name in (WEIGHTS, INDEX) if (directory / name).exists()]
+    if settled.exists() and settled.read_bytes() != config.encode():
+        present.append(settled)
+    if present:
+        raise OutputExistsError(f"{present[0]} exists; save to another directory or remove it first")
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    settled.write_bytes(config.encode())
     partial = directory / (WEIGHTS + ".partial")
+    # safetensors makes its files private to their owner; a published model should be as readable as any file.
+    partial.touch()
+    mode = partial.stat().st_mode
     save_file(state, partial, metadata={"format": "pt"})
+    partial.chmod(mode)
     os.replace(partial, directory / WEIGHTS)
 
 

@@ -39,7 +39,9 @@ class ModelChoice:
         except RuntimeError:
             raise ConfigError(f"device must be cpu, cuda or the like, got {self.device!r}") from None
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device {self.device!r} was asked for, but torch finds no CUDA device; use cpu")
+            raise ConfigError(
+                f"device {self.device!r} was asked for, but torch finds no CUDA device; use cpu"
+            )
         model = HookedMDLM.from_pretrained(self.model, device=device)
         tokenizer = load_tokenizer(self.tokenizer or self.model)
         check_fits(tokenizer, model)
@@ -59,7 +61,9 @@ def info(argv: list[str]) -> int:
     config = parse_args(InfoConfig, argv, prog="mdlm-interp info", positional=("model",))
     model = HookedMDLM.from_pretrained(config.model)
     directory = resolve_source(config.model)
-    lines = [f"{key:18} {value}" for key, value in model.config.to_mapping().items() if key != "architectures"]
+    lines = [
+        f"{key:18} {value}" for key, value in model.config.to_mapping().items() if key != "architectures"
+    ]
     lines.append(f"{'mask_id':18} {model.config.mask_id}")
     lines.append(f"{'parameters':18} {sum(p.numel() for p in model.parameters()):,}")
     lines.append(f"{'weights sha256':18} {weights_sha256(directory)}")
@@ -118,7 +122,9 @@ def sample(argv: list[str]) -> int:
     model, tokenizer = config.load()
     length = config.length or model.config.model_length
     if not 1 <= length <= model.config.model_length:
-        raise ConfigError(f"length must be in [1, {model.config.model_length}], the model's context; got {length}")
+        raise ConfigError(
+            f"length must be in [1, {model.config.model_length}], the model's context; got {length}"
+        )
     start = torch.full((config.n, length), model.config.mask_id)
     if config.prompt:
         prompt = encode_prompt(model, tokenizer, config.prompt)
@@ -163,14 +169,21 @@ def ppl(argv: list[str]) -> int:
     model, tokenizer = config.load()
     length = config.length or model.config.model_length
     if not 3 <= length <= model.config.model_length:
-        raise ConfigError(f"length must be in [3, {model.config.model_length}], the model's context; got {length}")
+        raise ConfigError(
+            f"length must be in [3, {model.config.model_length}], the model's context; got {length}"
+        )
     blocks = token_blocks(read_documents(config.files), tokenizer, length, wrap=config.wrap)
     rows = [block.ids for block in islice(blocks, config.max_sequences)]
     if not rows:
         raise DataError(f"the text is shorter than one sequence of {length} tokens; lower length")
     x_0 = torch.from_numpy(np.stack(rows))
     bound = nelbo(
-        model, x_0, seed=config.seed, times_per_sequence=config.times, batch_size=config.batch_size, progress=True
+        model,
+        x_0,
+        seed=config.seed,
+        times_per_sequence=config.times,
+        batch_size=config.batch_size,
+        progress=True,
     )
     n_bytes = tokenizer.count_bytes(x_0.flatten().tolist())
     print(f"perplexity      <= {bound.perplexity:.3f}")
@@ -205,5 +218,7 @@ def export_hf(argv: list[str]) -> int:
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     check_fits(tokenizer, model)
     export(model, config.out, tokenizer)
-    sys.stdout.write(f"{config.out}: load it with AutoModelForMaskedLM.from_pretrained(..., trust_remote_code=True)\n")
+    sys.stdout.write(
+        f"{config.out}: load it with AutoModelForMaskedLM.from_pretrained(..., trust_remote_code=True)\n"
+    )
     return 0

@@ -55,7 +55,9 @@ class MDLMConfig:
         if self.n_blocks < 0:
             raise ConfigError(f"n_blocks must be at least 0, got {self.n_blocks}")
         if self.vocab_size < 2:
-            raise ConfigError(f"vocab_size must leave room for the mask token: at least 2, got {self.vocab_size}")
+            raise ConfigError(
+                f"vocab_size must leave room for the mask token: at least 2, got {self.vocab_size}"
+            )
         if self.hidden_dim % self.n_heads or (self.hidden_dim // self.n_heads) % 2:
             raise ConfigError(
                 f"hidden_dim must be n_heads times an even head width (rotary pairs), "
@@ -87,7 +89,9 @@ class MDLMConfig:
         except FileNotFoundError:
             raise CheckpointError(f"{path.parent} has no config.json; is it a model directory?") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON ({error}); download the checkpoint again") from None
+            raise CheckpointError(
+                f"{path} is not valid JSON ({error}); download the checkpoint again"
+            ) from None
         if not isinstance(stored, dict):
             raise CheckpointError(f"{path} must hold a JSON object, got {type(stored).__name__}")
         return cls.from_mapping(stored, source=str(path))
@@ -102,7 +106,7 @@ class MDLMConfig:
         model_type = stored.get("model_type", "mdlm")
         if model_type != "mdlm":
             raise CheckpointError(f"{source} describes a {model_type!r} model, expected model_type 'mdlm'")
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):
             if field.name not in stored:
                 if field.name in ("dropout", "return_dict", "time_conditioning", "model_length"):

@@ -67,7 +67,7 @@ def stratified_times(u: Float[Tensor, " n"], min_time: float = MIN_TIME) -> Floa
 def sequence_times(
     seed: int, indices: Sequence[int], *, stream: str = "t", min_time: float = MIN_TIME
 ) -> Float64[Tensor, " batch"]:
-    """Times in [min_time, 1) for numbered sequences, evenly spread over any run of consecutive indices.
+    """Times in [min_time, 1] for numbered sequences, evenly spread over any run of consecutive indices.
 
     A shifted golden-ratio sequence: a pure function of (seed, index), and of lower discrepancy than
     independent draws whatever the batch size.
@@ -95,7 +95,9 @@ def corrupt(
         indices: The number of each sequence in its data; equal numbers draw equal masks in any batch.
     """
     if len(indices) != x_0.shape[0]:
-        raise DataError(f"corrupt needs one index a sequence: got {len(indices)} for a batch of {x_0.shape[0]}")
+        raise DataError(
+            f"corrupt needs one index a sequence: got {len(indices)} for a batch of {x_0.shape[0]}"
+        )
     draws = np.stack([uniforms(seed, stream, int(index), x_0.shape[1]) for index in indices])
     moved = torch.from_numpy(draws).to(x_0.device) < move_chance.to(x_0.device, torch.float64)[:, None]
     return torch.where(moved, mask_id, x_0)

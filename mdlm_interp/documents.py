@@ -1,18 +1,20 @@
 """Text files to documents, and documents to token blocks.
 
-Formats, by file name: `.txt` (documents are separated by blank lines, or by <|endoftext|> where the file has
-that), `.jsonl` (an object with "text" a line) and `.parquet` (a column "text"). Blocks are packed as upstream does:
-each document's tokens and an end-of-text, concatenated within groups of 1,000 documents, cut into equal
-blocks, the group's remainder dropped.
+Formats, by file name: `.txt` (documents are separated by blank lines, or by <|endoftext|> where the file
+has that anywhere), `.jsonl` (an object with "text" a line) and `.parquet` (a column "text"). Blocks are
+packed as upstream does: each document's tokens and an end-of-text, concatenated within groups of 1,000
+documents, cut into equal blocks, the group's remainder dropped.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,11 @@ from mdlm_interp.tokenizers import END_OF_TEXT, Tokenizer
 
 GROUP_DOCUMENTS = 1000
 """Documents that upstream concatenates before cutting (its datasets.map batch)."""
+
+PIECE = 1 << 20
+"""Bytes or characters of a text file that are read at a time."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 BETWEEN = -1
 """Document number of a token that belongs to none: the end-of-text tokens around a wrapped block."""
@@ -70,35 +77,73 @@ def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
 
 def _texts(path: Path) -> Iterator[str]:
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.is_dir():
+        raise DataError(f"{path} is a directory, expected a file; name the files in it")
     reader = readers.get(path.suffix)
     if reader is None:
         raise DataError(f"{path}: unknown kind of text file {path.suffix!r}{nearest(path.suffix, readers)}")
-    if path.is_dir():
-        raise DataError(f"{path} is a directory, expected a file; name the files in it")
     try:
         yield from reader(path)
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path} does not exist{nearest(path.name, siblings)}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from None
+        raise DataError(
+            f"{path} is not UTF-8 (byte {_undecodable_byte(path)}: {error.reason}); convert it first"
+        ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def _undecodable_byte(path: Path) -> int:
+    # A decoder's own error counts from the start of the piece that it was reading.
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = held = 0
+    with path.open("rb") as stream:
+        while piece := stream.read(PIECE):
+            held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece)
+            except UnicodeDecodeError as error:
+                return offset - held + error.start
+            offset += len(piece)
+    return offset - len(decoder.getstate()[0])
+
+
 def _read_text(path: Path) -> Iterator[str]:
-    separator = re.compile(r"\n[ \t]*\n|" + re.escape(END_OF_TEXT))
-    by_marker = False
-    pending = ""
+    # A file that marks its documents has blank lines inside them, so the whole file decides on the rule.
+    split = _marked_documents if _has_marker(path) else _paragraphs
     with path.open(encoding="utf-8") as stream:
-        while piece := stream.read(1 << 20):
-            pending += piece
-            # A file that marks its documents explicitly has blank lines inside them.
-            if not by_marker and END_OF_TEXT in pending:
-                by_marker, separator = True, re.compile(re.escape(END_OF_TEXT))
-            *complete, pending = separator.split(pending)
-            yield from (text.strip("\n") for text in complete)
-    yield pending.strip("\n")
+        yield from (text.strip("\n") for text in split(stream))
+
+
+def _has_marker(path: Path) -> bool:
+    marker, tail = END_OF_TEXT.encode(), b""
+    with path.open("rb") as stream:
+        while piece := stream.read(PIECE):
+            if marker in tail + piece:
+                return True
+            tail = (tail + piece)[1 - len(marker) :]
+    return False
+
+
+def _marked_documents(stream: TextIO) -> Iterator[str]:
+    pending = ""
+    while piece := stream.read(PIECE):
+        *complete, pending = (pending + piece).split(END_OF_TEXT)
+        yield from complete
+    yield pending
+
+
+def _paragraphs(stream: TextIO) -> Iterator[str]:
+    pending: list[str] = []
+    for line in stream:
+        if line.strip():
+            pending.append(line)
+        else:
+            yield "".join(pending)
+            pending = []
+    yield "".join(pending)
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
@@ -109,10 +154,16 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON ({error.msg}); is the file cut off?") from None
+                raise DataError(
+                    f"{path}, line {number} is not JSON ({error.msg}); is the file cut off?"
+                ) from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 known = nearest("text", record) if isinstance(record, dict) else ""
                 raise DataError(f'{path}, line {number} has no "text" string{known}')
+            if not record["text"].isascii() and _SURROGATE.search(record["text"]):
+                raise DataError(
+                    f"{path}, line {number}: the text has half a surrogate pair, which is no character"
+                )
             yield record["text"]
 
 
@@ -125,7 +176,12 @@ def _read_parquet(path: Path) -> Iterator[str]:
             if "text" not in stored.schema_arrow.names:
                 raise DataError(f'{path} has no column "text"{nearest("text", stored.schema_arrow.names)}')
             for batch in stored.iter_batches(columns=["text"]):
-                yield from (text or "" for text in batch.column(0).to_pylist())
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        raise DataError(
+                            f'{path}: column "text" holds {type(text).__name__}, expected strings'
+                        )
+                    yield text or ""
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is truncated or no parquet file ({error})") from None
 

@@ -74,7 +74,10 @@ def nelbo(
     times = sequence_times(seed, draws)
     per_draw: list[Tensor] = []
     entropy_sum, masked_count = torch.zeros(N_TIME_BINS), torch.zeros(N_TIME_BINS)
-    with torch.inference_mode(), tqdm(total=len(draws), desc="bound", unit="seq", disable=None if progress else True) as bar:
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(draws), desc="bound", unit="seq", disable=None if progress else True) as bar,
+    ):
         for start in range(0, len(draws), batch_size):
             chosen = draws[start : start + batch_size]
             t = times[start : start + batch_size]

@@ -57,11 +57,15 @@ def encode_prompt(model: HookedMDLM, tokenizer: Tokenizer, text: str) -> Int64[t
     if not ids:
         raise DataError("the text is empty; give a sentence with [MASK] in it")
     if len(ids) > model.config.model_length:
-        raise DataError(f"the text has {len(ids)} tokens, the model's context is {model.config.model_length}; shorten it")
+        raise DataError(
+            f"the text has {len(ids)} tokens, the model's context is {model.config.model_length}; shorten it"
+        )
     return torch.tensor([ids])
 
 
-def predict(model: HookedMDLM, x_t: Int64[torch.Tensor, "batch pos"]) -> Float64[torch.Tensor, "batch pos vocab"]:
+def predict(
+    model: HookedMDLM, x_t: Int64[torch.Tensor, "batch pos"]
+) -> Float64[torch.Tensor, "batch pos vocab"]:
     """SUBS probabilities of the clean tokens in float64, at the time that the share of masks suggests."""
     mask_id = model.config.mask_id
     share = (x_t == mask_id).double().mean(1)

@@ -82,18 +82,26 @@ class HookPoint:
         versioned = not tensor.is_inference()
         before = tensor._version if versioned else 0
         if listener.function(tensor, self) is not None:
-            raise HookError(f"a read-only hook on {self.name} returned a value; install it without read_only to edit")
+            raise HookError(
+                f"a read-only hook on {self.name} returned a value; install it without read_only to edit"
+            )
         if versioned and tensor._version != before:
-            raise HookError(f"a read-only hook on {self.name} wrote to its tensor; install it without read_only to edit")
+            raise HookError(
+                f"a read-only hook on {self.name} wrote to its tensor; install it without read_only to edit"
+            )
 
     def _check(self, result: object, tensor: Tensor) -> None:
         if not isinstance(result, Tensor):
-            raise HookError(f"the hook on {self.name} must return a tensor or None, got {type(result).__name__}")
+            raise HookError(
+                f"the hook on {self.name} must return a tensor or None, got {type(result).__name__}"
+            )
         for what in ("shape", "dtype", "device"):
             got, expected = getattr(result, what), getattr(tensor, what)
             if got != expected:
                 show = tuple if what == "shape" else str
-                raise HookError(f"the hook on {self.name} returned {what} {show(got)}, expected {show(expected)}")
+                raise HookError(
+                    f"the hook on {self.name} returned {what} {show(got)}, expected {show(expected)}"
+                )
 
 
 def select_names(selection: NameSelection, known: Sequence[str]) -> list[str]:
@@ -109,7 +117,9 @@ def select_names(selection: NameSelection, known: Sequence[str]) -> list[str]:
     if callable(selection):
         chosen = [name for name in known if selection(name)]
         if not chosen:
-            raise HookError(f"the predicate matches none of the {len(known)} hook points, such as {known[0]!r}")
+            raise HookError(
+                f"the predicate matches none of the {len(known)} hook points, such as {known[0]!r}"
+            )
         return chosen
     patterns = [selection] if isinstance(selection, str) else list(selection)
     if not patterns:
@@ -148,7 +158,9 @@ class HookRegistry:
             for name in select_names(pattern, self.names):
                 for function in given if isinstance(given, Sequence) else [given]:
                     if not callable(function):
-                        raise HookError(f"the hook for {pattern!r} must be callable, got {type(function).__name__}")
+                        raise HookError(
+                            f"the hook for {pattern!r} must be callable, got {type(function).__name__}"
+                        )
                     plan.append((self.points[name], _Listener(function, read_only)))
         try:
             for point, listener in plan:

@@ -11,6 +11,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,25 @@ class Affine(nn.Module):
         return arithmetic.linear(x, self.weight, self.bias)
 
 
+class TwoAffines(nn.Module):
+    """Two linear maps named 0 and 2, as they are upstream around an activation without state."""
+
+    def __init__(self, d_in: int, d_hidden: int, d_out: int) -> None:
+        super().__init__()
+        self.add_module("0", Affine(d_in, d_hidden))
+        self.add_module("2", Affine(d_hidden, d_out))
+
+    @property
+    def first(self) -> Affine:
+        """The map before the activation."""
+        return cast(Affine, self._modules["0"])
+
+    @property
+    def second(self) -> Affine:
+        """The map after the activation."""
+        return cast(Affine, self._modules["2"])
+
+
 class Norm(nn.Module):
     """The weight of a LayerNorm without bias."""
 
@@ -103,7 +123,7 @@ class Rotary(nn.Module):
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # A half-precision copy of the frequencies would misplace tokens; they stay float32 at least.
         kept = self.inv_freq
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.inv_freq.dtype in (torch.float16, torch.bfloat16):
             self.inv_freq = kept.to(self.inv_freq.device)
         return self
@@ -114,18 +134,22 @@ class SigmaMap(nn.Module):
 
     def __init__(self, cond_dim: int) -> None:
         super().__init__()
-        self.mlp = nn.ModuleDict({"0": Affine(TIME_FEATURES, cond_dim), "2": Affine(cond_dim, cond_dim)})
+        self.mlp = TwoAffines(TIME_FEATURES, cond_dim, cond_dim)
 
     def forward(self, sigma: Float[Tensor, " batch"], arithmetic: Arithmetic) -> Float[Tensor, "batch c"]:
         """SiLU(W2 SiLU(W0 features)): the second SiLU stands outside sigma_map upstream."""
         # The sinusoid needs float32 at least; the projections are in the weights' dtype, which may be half.
-        features = arithmetic.time_features(sigma, TIME_FEATURES).to(self.mlp["0"].weight.dtype)
-        hidden = arithmetic.silu(self.mlp["0"](features, arithmetic))
-        return arithmetic.silu(self.mlp["2"](hidden, arithmetic))
+        features = arithmetic.time_features(sigma, TIME_FEATURES).to(self.mlp.first.weight.dtype)
+        hidden = arithmetic.silu(self.mlp.first.forward(features, arithmetic))
+        return arithmetic.silu(self.mlp.second.forward(hidden, arithmetic))
 
 
 def hooked_layer_norm(
-    x: Float[Tensor, "batch pos d"], norm: Norm, arithmetic: Arithmetic, at: Mapping[str, HookPoint], name: str
+    x: Float[Tensor, "batch pos d"],
+    norm: Norm,
+    arithmetic: Arithmetic,
+    at: Mapping[str, HookPoint],
+    name: str,
 ) -> Float[Tensor, "batch pos d"]:
     """LayerNorm whose scale can be read or replaced; replacing it recomputes the output with that scale."""
     normalized, scale = arithmetic.layer_norm(x, norm.weight)
@@ -157,7 +181,7 @@ class Block(nn.Module):
         self.attn_qkv = Affine(d, 3 * d, bias=False)
         self.attn_out = Affine(d, d, bias=False)
         self.norm2 = Norm(d)
-        self.mlp = nn.ModuleDict({"0": Affine(d, config.d_mlp), "2": Affine(config.d_mlp, d)})
+        self.mlp = TwoAffines(d, config.d_mlp, d)
         self.adaLN_modulation = Affine(config.cond_dim, 6 * d)
 
     def forward(
@@ -171,10 +195,12 @@ class Block(nn.Module):
         at = self.at
         parts = self.adaLN_modulation(cond, arithmetic)[:, None].chunk(6, dim=-1)
         shift_attn, scale_attn, gate_attn = (
-            at[f"adaln.hook_{name}_attn"](part) for name, part in zip(("shift", "scale", "gate"), parts[:3], strict=True)
+            at[f"adaln.hook_{name}_attn"](part)
+            for name, part in zip(("shift", "scale", "gate"), parts[:3], strict=True)
         )
         shift_mlp, scale_mlp, gate_mlp = (
-            at[f"adaln.hook_{name}_mlp"](part) for name, part in zip(("shift", "scale", "gate"), parts[3:], strict=True)
+            at[f"adaln.hook_{name}_mlp"](part)
+            for name, part in zip(("shift", "scale", "gate"), parts[3:], strict=True)
         )
         x = at["hook_resid_pre"](x)
         h = hooked_layer_norm(x, self.norm1, arithmetic, at, "ln1")
@@ -192,7 +218,7 @@ class Block(nn.Module):
         self, h: Float[Tensor, "batch pos d"], rotary: tuple[Tensor, Tensor], arithmetic: Arithmetic
     ) -> Float[Tensor, "batch pos d"]:
         at = self.at
-        # The last axis is laid out (three, head, d_head); (head, three, d_head) is a frequent porting mistake.
+        # The last axis is laid out (three, head, d_head); (head, three, d_head) is a common mistake.
         qkv = self.attn_qkv(h, arithmetic).unflatten(-1, (3, self.n_heads, -1))
         q = at["attn.hook_q"](qkv[:, :, 0])
         k = at["attn.hook_k"](qkv[:, :, 1])
@@ -205,12 +231,12 @@ class Block(nn.Module):
         else:
             z = arithmetic.attention(q, k, v)
         z = at["attn.hook_z"](z)
-        return self.attn_out(z.flatten(-2), arithmetic)
+        return self.attn_out.forward(z.flatten(-2), arithmetic)
 
     def _mlp(self, h: Float[Tensor, "batch pos d"], arithmetic: Arithmetic) -> Float[Tensor, "batch pos d"]:
-        h = self.at["mlp.hook_pre"](self.mlp["0"](h, arithmetic))
+        h = self.at["mlp.hook_pre"](self.mlp.first.forward(h, arithmetic))
         h = self.at["mlp.hook_post"](arithmetic.gelu_tanh(h))
-        return self.mlp["2"](h, arithmetic)
+        return self.mlp.second.forward(h, arithmetic)
 
     def _drop(self, h: Tensor) -> Tensor:
         return functional.dropout(h, self.dropout) if self.training and self.dropout else h

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from mdlm_interp.arithmetic import Arithmetic, NativeArithmetic
 from mdlm_interp.config import MDLMConfig
 from mdlm_interp.errors import DataError, HookError
-from mdlm_interp.hooks import ActivationCache, HookFunction, HookPoint, HookRegistry, NameSelection, select_names
+from mdlm_interp.hooks import (
+    ActivationCache,
+    HookFunction,
+    HookPoint,
+    HookRegistry,
+    NameSelection,
+    select_names,
+)
 from mdlm_interp.layers import BLOCK_HOOKS, HEAD_HOOKS, Block, Embedding, OutputLayer, Rotary, SigmaMap
 from mdlm_interp.shapes import Float, Int64
 
@@ -139,7 +146,7 @@ class HookedMDLM(nn.Module):
             x = block(x, cond, rotary, arithmetic)
         if stop_at_block is not None:
             return x
-        return backbone.output_layer(x, cond, arithmetic)
+        return backbone.output_layer.forward(x, cond, arithmetic)
 
     def _check_inputs(self, input_ids: Tensor, stop_at_block: int | None) -> None:
         if input_ids.dtype != torch.int64 or input_ids.dim() != 2 or input_ids.numel() == 0:
@@ -168,9 +175,13 @@ class HookedMDLM(nn.Module):
         if not self.config.time_conditioning:
             return torch.zeros(batch, dtype=dtype, device=input_ids.device)
         if timesteps is None:
-            raise DataError("this model is time-conditioned: pass timesteps, which is sigma (total noise), not t")
+            raise DataError(
+                "this model is time-conditioned: pass timesteps, which is sigma (total noise), not t"
+            )
         if timesteps.shape not in ((batch,), (batch, 1)):
-            raise DataError(f"timesteps must have shape [{batch}], one sigma a sequence, got {list(timesteps.shape)}")
+            raise DataError(
+                f"timesteps must have shape [{batch}], one sigma a sequence, got {list(timesteps.shape)}"
+            )
         return timesteps.reshape(batch).to(device=input_ids.device, dtype=dtype)
 
     def hooks(
@@ -217,7 +228,9 @@ class HookedMDLM(nn.Module):
                 chosen = select_names(wanted, reached)
             except HookError:
                 late = chosen[-1]
-                raise HookError(f"stop_at_block={stop_at_block} ends the pass before {late}; raise it or drop it") from None
+                raise HookError(
+                    f"stop_at_block={stop_at_block} ends the pass before {late}; raise it or drop it"
+                ) from None
         cache: dict[str, Tensor] = {}
 
         def keep(tensor: Tensor, hook: HookPoint) -> None:
@@ -230,7 +243,9 @@ class HookedMDLM(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape of the network, for printing."""
-        return ", ".join(f"{key}={value}" for key, value in self.config.to_mapping().items() if key != "architectures")
+        return ", ".join(
+            f"{key}={value}" for key, value in self.config.to_mapping().items() if key != "architectures"
+        )
 
 
 @torch.no_grad()
@@ -243,7 +258,9 @@ def initialise(model: HookedMDLM, seed: int) -> None:
     from mdlm_interp.randomness import uniforms
 
     zero = ("adaLN_modulation", "output_layer.linear")
-    fan_in = {name.removesuffix("weight"): p.shape[-1] for name, p in model.named_parameters() if p.dim() == 2}
+    fan_in = {
+        name.removesuffix("weight"): p.shape[-1] for name, p in model.named_parameters() if p.dim() == 2
+    }
     for name, parameter in model.named_parameters():
         if any(part in name for part in zero):
             parameter.zero_()

@@ -36,7 +36,8 @@ def random_bits(seed: int, stream: str, index: int, count: int) -> NDArray[np.ui
 
 def uniforms(seed: int, stream: str, index: int, count: int) -> NDArray[np.float64]:
     """`count` multiples of 2**-53 in [0, 1), uniform and independent; see `random_bits`."""
-    return (random_bits(seed, stream, index, count) >> np.uint64(11)) * 2.0**-53
+    words = random_bits(seed, stream, index, count) >> np.uint64(11)
+    return words.astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, stream: str, index: int, size: int) -> NDArray[np.int64]:

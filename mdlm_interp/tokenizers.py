@@ -7,8 +7,9 @@ Text is always taken literally: "<|endoftext|>" inside a document is encoded as 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,17 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        if backend.token_to_id(END_OF_TEXT) is None:
-            raise CheckpointError(f"the tokenizer has no {END_OF_TEXT} token; is it GPT-2's or one made by this package?")
+        end_of_text = backend.token_to_id(END_OF_TEXT)
+        if end_of_text is None:
+            raise CheckpointError(
+                f"the tokenizer has no {END_OF_TEXT} token; is it GPT-2's or one made by this package?"
+            )
         if backend.token_to_id(MASK) is None:
             backend.add_special_tokens([MASK])
         if backend.token_to_id(MASK) != backend.get_vocab_size() - 1:
             raise CheckpointError(f"{MASK} must be the tokenizer's last id, got {backend.token_to_id(MASK)}")
+        self.eos_id: int = end_of_text
+        """Id of <|endoftext|>, which separates documents."""
         # Special tokens written out in a document are text, not control.
         backend.encode_special_tokens = True
 
@@ -45,11 +51,6 @@ class Tokenizer:
         """Id of the mask token: always the last."""
         return self.vocab_size - 1
 
-    @property
-    def eos_id(self) -> int:
-        """Id of <|endoftext|>, which separates documents."""
-        return int(self._backend.token_to_id(END_OF_TEXT))
-
     @cached_property
     def sha256(self) -> str:
         """Hash of the tokenizer's whole definition."""
@@ -58,7 +59,7 @@ class Tokenizer:
     @cached_property
     def _byte_lengths(self) -> list[int]:
         # A byte-level token is spelled with one character a byte.
-        lengths = [len(self._backend.id_to_token(i)) for i in range(self.vocab_size)]
+        lengths = [len(self._backend.id_to_token(i) or "") for i in range(self.vocab_size)]
         lengths[self.eos_id] = lengths[self.mask_id] = 0
         return lengths
 
@@ -68,7 +69,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts; faster than one at a time."""
-        return [list(coded.ids) for coded in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [
+            list(coded.ids) for coded in self._backend.encode_batch(list(texts), add_special_tokens=False)
+        ]
 
     def encode_with_masks(self, text: str) -> list[int]:
         """Ids of a text in which each "[MASK]" is the mask token; one space before it belongs to the mask."""
@@ -84,18 +87,21 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; the mask reads " [MASK]", bytes that are no UTF-8 become U+FFFD."""
         parts: list[str] = []
-        run: list[int] = []
-        for token in [*ids, -1]:
-            if 0 <= token < self.mask_id:
-                run.append(token)
-                continue
-            if token >= self.vocab_size or token < -1:
-                raise DataError(f"token ids must be in [0, {self.vocab_size}), got {token}; another model's ids?")
-            parts.append(self._backend.decode(run, skip_special_tokens=False))
-            run = []
-            if token == self.mask_id:
-                parts.append(" " + MASK)
+        for is_mask, run in groupby(self._checked(ids), key=lambda token: token == self.mask_id):
+            tokens = list(run)
+            if is_mask:
+                parts += [" " + MASK] * len(tokens)
+            else:
+                parts.append(self._backend.decode(tokens, skip_special_tokens=False))
         return "".join(parts)
+
+    def _checked(self, ids: Iterable[int]) -> Iterator[int]:
+        for token in map(int, ids):
+            if not 0 <= token < self.vocab_size:
+                raise DataError(
+                    f"token ids must be in [0, {self.vocab_size}), got {token}; another model's ids?"
+                )
+            yield token
 
     def token(self, token_id: int) -> str:
         """One token as readable text."""
@@ -103,7 +109,7 @@ class Tokenizer:
 
     def count_bytes(self, ids: Iterable[int]) -> int:
         """Bytes of UTF-8 that the ids stand for; <|endoftext|> and the mask count zero."""
-        return sum(self._byte_lengths[token] for token in ids)
+        return sum(self._byte_lengths[token] for token in self._checked(ids))
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json."""
@@ -137,7 +143,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
             return Tokenizer(backend)
     except CheckpointError:
         raise
-    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+    except Exception as error:  # noqa: BLE001  (the tokenizers library raises plain Exception for a damaged file
         raise CheckpointError(f"the tokenizer in {directory} is damaged: {error}") from None
     if Path(source).is_dir() or source == "bundled":
         raise CheckpointError(

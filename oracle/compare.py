@@ -35,26 +35,32 @@ class Difference:
             return f"{self.name}: identical"
         at = ", ".join(map(str, self.worst))
         return (
-            f"{self.name}: {self.n_different} elements differ, by up to {self.max_abs:.3e} ({self.max_ulp} ulp at most); "
-            f"worst at [{at}]: {self.values[0]!r} against {self.values[1]!r}"
+            f"{self.name}: {self.n_different} elements differ, by up to {self.max_abs:.3e} "
+            f"({self.max_ulp} ulp at most); worst at [{at}]: {self.values[0]!r} against {self.values[1]!r}"
         )
 
 
 def ulp_distance(a: Tensor, b: Tensor) -> Int64[Tensor, "*shape"]:
     """Number of representable values between the elements of a and b, in their common type.
 
-    Both zeros are one value. Infinities are one step beyond the largest finite value.
+    Both zeros are one value. Infinities are one step beyond the largest finite value. A float64 distance
+    beyond the largest int64 is given as that.
 
     Raises:
         DataError: If the types differ, are neither float32 nor float64, or a value is not a number.
     """
     if a.dtype != b.dtype or a.dtype not in _INTEGER_TYPE:
-        raise DataError(f"ulp_distance compares two float32 or two float64 tensors, got {a.dtype} and {b.dtype}")
+        raise DataError(
+            f"ulp_distance compares two float32 or two float64 tensors, got {a.dtype} and {b.dtype}"
+        )
     if a.shape != b.shape:
         raise DataError(f"ulp_distance compares equal shapes, got {list(a.shape)} and {list(b.shape)}")
     if bool(a.isnan().any()) or bool(b.isnan().any()):
         raise DataError("ulp_distance cannot place NaN; check both tensors with isnan() first")
-    return (_place(a) - _place(b)).abs()
+    place_a, place_b = _place(a), _place(b)
+    largest = torch.iinfo(torch.int64).max
+    beyond = (place_a.sign() * place_b.sign() < 0) & (place_a.abs() > largest - place_b.abs())
+    return torch.where(beyond, largest, (place_a - place_b).abs())
 
 
 def _place(x: Tensor) -> Tensor:

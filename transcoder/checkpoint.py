@@ -137,16 +137,16 @@ def _check_tensor(
 
 
 def save_training_state(
-    out: Path, clt: CrossLayerTranscoder, step: int, optimiser: Mapping[str, Tensor], loop: Mapping[str, Any]
+    out: Path, clt: CrossLayerTranscoder, optimiser: Mapping[str, Tensor], loop: Mapping[str, Any]
 ) -> Path:
-    """Write the state after `step` steps and remove older ones; returns its directory."""
-    final = out / CHECKPOINTS / f"step-{step:08d}"
+    """Write the state after loop["step"] steps and remove older ones; returns its directory."""
+    final = out / CHECKPOINTS / f"step-{loop['step']:08d}"
     partial = final.with_name(final.name + PARTIAL)
     for left_over in (partial, final):
         shutil.rmtree(left_over, ignore_errors=True)
     save_clt(clt, partial)
     write_tensors(partial / OPTIMISER, optimiser)
-    write_json(partial / LOOP, {"step": step, **loop})
+    write_json(partial / LOOP, loop)
     os.replace(partial, final)
     _sync_directory(final.parent)
     for other in final.parent.iterdir():

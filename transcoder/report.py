@@ -191,7 +191,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def plot_fvu(evaluation: Evaluation) -> Figure:
     """Fraction of variance unexplained by layer and stratum."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     numbers = np.arange(len(evaluation.layers["all"]))
     for offset, stratum in enumerate(STRATA):
         values = [layer.fvu for layer in evaluation.layers[stratum]]
@@ -206,7 +206,7 @@ def plot_fvu(evaluation: Evaluation) -> Figure:
 
 def plot_nelbo(evaluation: Evaluation) -> Figure:
     """Change of the bound by layer, replaced and zeroed, and for all layers together."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     original = evaluation.conditions[ORIGINAL].nelbo
     names = [*map(str, range(len(evaluation.replaced_alone))), "all"]
     for offset, (label, alone, together, colour) in enumerate(
@@ -233,7 +233,7 @@ def plot_nelbo(evaluation: Evaluation) -> Figure:
 
 def plot_density(evaluation: Evaluation) -> Figure:
     """Histogram of how often features are active, by layer."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     floor = 1.0 / max(1, evaluation.n_positions)
     edges = np.linspace(math.log10(floor), 0.0, 31)
     n_layers = evaluation.density.shape[0]
@@ -251,7 +251,7 @@ def plot_density(evaluation: Evaluation) -> Figure:
 
 def plot_training(log: Sequence[Mapping[str, Any]]) -> Figure:
     """Unexplained variance and dead features over the training run."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     rows = [entry["rows"] for entry in log]
     n_layers = len(log[0]["fvu_by_layer"])
     for layer in range(n_layers):
@@ -271,7 +271,7 @@ def plot_training(log: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _figure() -> tuple[Figure, Any]:
+def new_figure() -> tuple[Figure, Any]:
     """A figure that needs no display and that no global state holds on to."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -97,7 +97,7 @@ def prepare(config: CLTRunConfig, store: RowStore) -> Trainer:
     clt.provenance = provenance
     trainer = Trainer(clt, loader, config.train)
     if saved is not None:
-        trainer.restore(read_json(saved / LOOP)["step"], read_tensors(saved / OPTIMISER))
+        trainer.restore(read_json(saved / LOOP), read_tensors(saved / OPTIMISER))
     return trainer
 
 

@@ -54,6 +54,8 @@ class Trainer:
         self.optimiser = torch.optim.Adam(clt.parameters(), lr=config.lr, betas=config.betas, fused=True)
         self.rows_since_active = torch.zeros(clt.b_enc.shape, dtype=torch.int64, device=clt.b_enc.device)
         self.step_number = 0
+        self.recent: list[StepMetrics] = []
+        """Of the steps since the last line of metrics."""
 
     def step(self) -> StepMetrics:
         """One optimiser step.
@@ -97,8 +99,8 @@ class Trainer:
                 f"its rows {_listed(batch.rows)} are finite, so training diverged; lower lr or set grad_clip"
             )
         raise DataError(
-            f"the loss of step {self.step_number} is {loss.item()} and its gradient's norm {grad_norm.item()}: "
-            f"{cause}"
+            f"the loss of step {self.step_number} is {loss.item()} with a gradient of norm "
+            f"{grad_norm.item()}: {cause}"
         )
 
     def optimiser_tensors(self) -> dict[str, Tensor]:
@@ -109,9 +111,14 @@ class Trainer:
                 tensors[f"{key}.{name}"] = value
         return tensors
 
-    def restore(self, step_number: int, tensors: dict[str, Tensor]) -> None:
-        """Continue from saved tensors; the weights are already in place."""
-        self.step_number = step_number
+    def loop_state(self) -> dict[str, Any]:
+        """Where the loop is, as JSON holds it."""
+        return {"step": self.step_number, "recent": [metrics._asdict() for metrics in self.recent]}
+
+    def restore(self, loop: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Continue from a saved loop state and tensors; the weights are already in place."""
+        self.step_number = loop["step"]
+        self.recent = [StepMetrics(**metrics) for metrics in loop["recent"]]
         self.rows_since_active = tensors["rows_since_active"].to(self.rows_since_active.device)
         for name, parameter in self.clt.named_parameters():
             for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -132,19 +139,19 @@ def fit(trainer: Trainer, out: Path, log: TextIO, *, progress: bool = False) -> 
     """
     config, total = trainer.config, trainer.config.steps
     hidden = None if progress else True
-    recent: list[StepMetrics] = []
-    since = time.perf_counter()
+    since, timed = time.perf_counter(), 0
     with (
         deferred_interrupts() as interrupted,
         tqdm(total=total, initial=trainer.step_number, desc="train", unit="step", disable=hidden) as bar,
     ):
         while trainer.step_number < total:
-            recent.append(trainer.step())
+            trainer.recent.append(trainer.step())
+            timed += 1
             bar.update()
             number = trainer.step_number
             if number % config.log_every == 0 or number == total:
-                rows_per_s = len(recent) * config.batch_size / (time.perf_counter() - since)
-                entry = _entry(number, recent, config, rows_per_s)
+                rows_per_s = timed * config.batch_size / (time.perf_counter() - since)
+                entry = _entry(number, trainer.recent, config, rows_per_s)
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
                 bar.set_postfix(
@@ -154,10 +161,11 @@ def fit(trainer: Trainer, out: Path, log: TextIO, *, progress: bool = False) -> 
                     dead=entry["dead"],
                     rows_s=f"{rows_per_s:,.0f}",
                 )
-                recent, since = [], time.perf_counter()
+                trainer.recent = []
+                since, timed = time.perf_counter(), 0
             stop = interrupted()
             if (number % config.checkpoint_every == 0 and number < total) or stop:
-                save_training_state(out, trainer.clt, number, trainer.optimiser_tensors(), {})
+                save_training_state(out, trainer.clt, trainer.optimiser_tensors(), trainer.loop_state())
             if stop:
                 raise KeyboardInterrupt
 

@@ -36,6 +36,7 @@ def bigram_nats(train: NDArray[np.uint16], blocks: NDArray[np.int64], vocab_size
     seen = np.where(pairs[slot] == wanted, counts[slot], 0)
     first = -np.log(unigram[blocks[:, 0]]).sum()
     totals = [
-        -np.log((seen + prior * unigram[after]) / (predecessors[before] + prior)).sum() for prior in PRIOR_STRENGTHS
+        -np.log((seen + prior * unigram[after]) / (predecessors[before] + prior)).sum()
+        for prior in PRIOR_STRENGTHS
     ]
     return float((first + min(totals)) / blocks.size)

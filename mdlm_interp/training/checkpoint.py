@@ -21,7 +21,14 @@ from mdlm_interp.errors import CheckpointError
 from mdlm_interp.training.config import TrainLMConfig
 
 STATE = "state.safetensors"
-RESUMABLE_CHANGES = ("steps", "validate_every", "checkpoint_every", "log_every", "validation_sequences", "out")
+RESUMABLE_CHANGES = (
+    "steps",
+    "validate_every",
+    "checkpoint_every",
+    "log_every",
+    "validation_sequences",
+    "out",
+)
 """Settings that may differ between the run that was stopped and the one that continues it."""
 
 

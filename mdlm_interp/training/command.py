@@ -77,4 +77,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"{'held-out text':14} {'nats/token':>10} {'bits/byte':>10}"]
     for name, nats in report["nats_per_token"].items():
         lines.append(f"{name:14} {nats:10.4f} {report['bits_per_byte'][name]:10.4f}")
-    return "\n".join(lines) + f"\n(model: upper bound, standard error {report['standard_error_nats']:.4f} nats)\n"
+    return (
+        "\n".join(lines)
+        + f"\n(model: upper bound, standard error {report['standard_error_nats']:.4f} nats)\n"
+    )

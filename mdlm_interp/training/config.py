@@ -100,4 +100,6 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if not 258 < self.vocab_size <= 65_536:
-            raise ConfigError(f"vocab_size must be in (258, 65536]: 256 bytes and two specials, got {self.vocab_size}")
+            raise ConfigError(
+                f"vocab_size must be in (258, 65536]: 256 bytes and two specials, got {self.vocab_size}"
+            )

@@ -70,7 +70,9 @@ def read_streams(files: Sequence[Path], tokenizer: Tokenizer, held_out_share: fl
             sizes[held_out] += len(text.encode())
     for held_out, name in ((False, "training"), (True, "held-out")):
         if not parts[held_out]:
-            raise DataError(f"no document fell on the {name} side; give more documents or change held_out_share")
+            raise DataError(
+                f"no document fell on the {name} side; give more documents or change held_out_share"
+            )
     return TokenStreams(np.concatenate(parts[False]), np.concatenate(parts[True]), sizes[False], sizes[True])
 
 
@@ -99,7 +101,9 @@ class WindowSampler:
 
     def __post_init__(self) -> None:
         if len(self.stream) < self.length:
-            raise DataError(f"the training text has {len(self.stream)} tokens, fewer than one window of {self.length}")
+            raise DataError(
+                f"the training text has {len(self.stream)} tokens, fewer than one window of {self.length}"
+            )
 
     def indices(self, step: int) -> range:
         """Numbers of the sequences of a step."""

@@ -16,10 +16,25 @@ def plot_losses(log: Path, picture: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     if trained:
-        axes.plot(*zip(*trained, strict=True), color="0.7", linewidth=0.8, label="training batches (mean between log lines)")
+        axes.plot(
+            *zip(*trained, strict=True),
+            color="0.7",
+            linewidth=0.8,
+            label="training batches (mean between log lines)",
+        )
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="C0", marker="o", markersize=3, label="held-out text, averaged weights")
-    axes.set(xlabel="optimiser step", ylabel="bound on the NLL (nats per token)", title="Training a masked diffusion LM")
+        axes.plot(
+            *zip(*held_out, strict=True),
+            color="C0",
+            marker="o",
+            markersize=3,
+            label="held-out text, averaged weights",
+        )
+    axes.set(
+        xlabel="optimiser step",
+        ylabel="bound on the NLL (nats per token)",
+        title="Training a masked diffusion LM",
+    )
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=130)

@@ -35,7 +35,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(backend)
     if tokenizer.vocab_size != vocab_size:
         raise DataError(
-            f"the text yields only {tokenizer.vocab_size} of {vocab_size} ids; give more text or lower vocab_size"
+            f"the text yields only {tokenizer.vocab_size} of {vocab_size} ids; "
+            f"give more text or lower vocab_size"
         )
     return tokenizer
 
@@ -43,7 +44,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write tokenizer.json, never over another."""
     if (directory / "tokenizer.json").exists():
-        raise OutputExistsError(f"{directory / 'tokenizer.json'} exists; choose another directory or remove it first")
+        raise OutputExistsError(
+            f"{directory / 'tokenizer.json'} exists; choose another directory or remove it first"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
 
@@ -53,7 +56,9 @@ def main(argv: list[str]) -> int:
     config = parse_args(
         TokenizerConfig, argv, prog="mdlm-interp train-tokenizer", positional=("files",), config_file=True
     )
-    tokenizer = train_tokenizer((document.text for document in read_documents(config.files)), config.vocab_size)
+    tokenizer = train_tokenizer(
+        (document.text for document in read_documents(config.files)), config.vocab_size
+    )
     save_tokenizer(tokenizer, config.out)
     sys.stdout.write(f"{config.out / 'tokenizer.json'}: {tokenizer.vocab_size} ids\n")
     return 0

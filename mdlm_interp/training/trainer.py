@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -45,8 +45,8 @@ class Trainer:
     def __init__(self, config: TrainLMConfig, tokenizer: Tokenizer, streams: TokenStreams) -> None:
         if tokenizer.vocab_size != config.model.vocab_size:
             raise DataError(
-                f"the tokenizer has {tokenizer.vocab_size} ids and model.vocab_size is {config.model.vocab_size}; "
-                f"they must be equal"
+                f"the tokenizer has {tokenizer.vocab_size} ids and model.vocab_size is "
+                f"{config.model.vocab_size}; they must be equal"
             )
         self.config = config
         self.model = HookedMDLM(config.model, NativeArithmetic(fused_attention=False), config.seed).train()
@@ -75,7 +75,9 @@ class Trainer:
             wrap_share=config.wrap_share,
             short_share=config.short_share,
         )
-        self.held_out = consecutive_blocks(streams.held_out, config.model.model_length, config.validation_sequences)
+        self.held_out = consecutive_blocks(
+            streams.held_out, config.model.model_length, config.validation_sequences
+        )
         self.step_number = 0
 
     def step(self) -> tuple[float, float]:
@@ -95,11 +97,11 @@ class Trainer:
         loss = self._loss(x_0, x_t, t)
         if not bool(loss.isfinite()):
             raise CheckpointError(
-                f"the loss of step {number} is {float(loss)}; lower lr or raise warmup_steps and continue from the "
-                f"last checkpoint (batch {number} of seed {config.seed})"
+                f"the loss of step {number} is {float(loss.detach())}; lower lr or raise warmup_steps and continue "
+                f"from the last checkpoint (batch {number} of seed {config.seed})"
             )
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimiser.step()
         self.step_number += 1
@@ -120,7 +122,8 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step_number) / (10 + self.step_number))
-        averages, currents = list(self.average.parameters()), list(self.model.parameters())
+        averages: list[Tensor] = list(self.average.parameters())
+        currents: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averages, currents, 1.0 - decay)
 
     def validate(self) -> Nelbo:
@@ -154,7 +157,9 @@ def _dropout_noise(config: TrainLMConfig, step: int) -> Iterator[None]:
         yield
 
 
-def train(config: TrainLMConfig, tokenizer: Tokenizer, streams: TokenStreams, *, progress: bool = False) -> Trainer:
+def train(
+    config: TrainLMConfig, tokenizer: Tokenizer, streams: TokenStreams, *, progress: bool = False
+) -> Trainer:
     """Run to config.steps, continuing the run found in config.out.
 
     Raises:
@@ -174,7 +179,11 @@ def train(config: TrainLMConfig, tokenizer: Tokenizer, streams: TokenStreams, *,
 def _loop(trainer: Trainer, log: TextIO, progress: bool) -> None:
     config = trainer.config
     bar = tqdm(
-        total=config.steps, initial=trainer.step_number, desc="train", unit="step", disable=None if progress else True
+        total=config.steps,
+        initial=trainer.step_number,
+        desc="train",
+        unit="step",
+        disable=None if progress else True,
     )
     losses: list[float] = []
     since = time.perf_counter()
@@ -186,14 +195,27 @@ def _loop(trainer: Trainer, log: TextIO, progress: bool) -> None:
             number, last = trainer.step_number, trainer.step_number == config.steps
             if number % config.log_every == 0 or last:
                 mean = sum(losses) / len(losses)
-                rate = len(losses) * config.batch_size * config.model.model_length / (time.perf_counter() - since)
-                entry = {"step": number, "loss_nats": mean, "grad_norm": norm, "lr": config.learning_rate(number - 1)}
+                rate = (
+                    len(losses)
+                    * config.batch_size
+                    * config.model.model_length
+                    / (time.perf_counter() - since)
+                )
+                entry = {
+                    "step": number,
+                    "loss_nats": mean,
+                    "grad_norm": norm,
+                    "lr": config.learning_rate(number - 1),
+                }
                 _write(log, {**entry, "tokens_per_s": round(rate)})
                 bar.set_postfix(loss=f"{mean:.3f}", tok_s=f"{rate:,.0f}")
                 losses, since = [], time.perf_counter()
             if number % config.validate_every == 0 or last:
                 bound = trainer.validate()
-                _write(log, {"step": number, "held_out_nats": bound.nats_per_token, "error": bound.standard_error})
+                _write(
+                    log,
+                    {"step": number, "held_out_nats": bound.nats_per_token, "error": bound.standard_error},
+                )
                 since = time.perf_counter()
             if number % config.checkpoint_every == 0 or last:
                 save_state(config.out, number, config, trainer.tensors())
@@ -201,7 +223,7 @@ def _loop(trainer: Trainer, log: TextIO, progress: bool) -> None:
         bar.close()
 
 
-def _write(log: TextIO, entry: dict[str, float]) -> None:
+def _write(log: TextIO, entry: Mapping[str, float | int]) -> None:
     log.write(json.dumps(entry) + "\n")
     log.flush()
 

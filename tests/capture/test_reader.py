@@ -1,5 +1,6 @@
 """A store reads back what was written, in any order, and says so when it cannot."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -145,6 +146,15 @@ def test_rows_come_in_the_order_asked_for_with_repeats(store, rows):
         assert torch.equal(values, coords[name][index])
 
 
+@pytest.mark.parametrize("long_run", [1, 8, 10**6])
+def test_runs_of_rows_read_as_single_rows_do(store, monkeypatch, long_run):
+    monkeypatch.setattr("capture.reader.LONG_RUN", long_run)
+    rows = [*range(10, 40), *range(63, 66), 70, *range(100, 180), 503]
+    whole = store.read(slice(None), HOOK)[HOOK]
+    assert torch.equal(store.read(rows, HOOK)[HOOK], whole[rows])
+    assert torch.equal(store.read(rows[::-1], HOOK)[HOOK], whole[rows[::-1]])
+
+
 @pytest.mark.parametrize(
     "rows", [slice(60, 70), slice(0, 0), slice(503, 504), slice(None, 16), slice(64, None)]
 )
@@ -249,6 +259,23 @@ def test_only_committed_rows_are_read(store):
     assert partial.fingerprint() != store.fingerprint()
     with pytest.raises(StoreError, match=r"got 120; the store is incomplete, 120 of 504 rows are committed"):
         partial.read([120])
+
+
+def test_an_incomplete_last_sequence_counts_nowhere(store):
+    edit_manifest(store, complete=False, committed_rows=480)
+    assert open_store(store.path).statistics(HOOK).count.sum() == 480
+
+
+@pytest.mark.parametrize("n_sequences", [21, 20])
+def test_the_fingerprint_is_a_plain_hash_of_names_shapes_and_bytes(store, n_sequences):
+    edit_manifest(store, complete=n_sequences == 21, committed_rows=24 * n_sequences)
+    digest = hashlib.sha256()
+    rows = ["seq", "pos", "x0", "xt", "is_masked", "doc"]
+    names = [f"acts/{name}" for name in store.hooks] + [f"rows/{name}" for name in rows]
+    for name in [*names, *(f"seqs/{name}" for name in ("t", "sigma", "seed", "source", "offset"))]:
+        values = plain(store, name)[: n_sequences if name.startswith("seqs") else 24 * n_sequences]
+        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode() + values.tobytes())
+    assert open_store(store.path).fingerprint() == digest.hexdigest()
 
 
 def test_a_store_without_committed_rows_opens_and_is_empty(store):

@@ -175,5 +175,6 @@ def test_moments_of_blocks_are_the_moments_of_the_whole(sizes, seed):
 def test_the_last_time_falls_in_the_last_bin():
     moments = RunningMoments((1,))
     moments.add(np.ones((3, 1), np.float32), np.array([True, False, False]), np.array([1.0, 0.0, 0.1]))
-    count = moments.arrays()["count"]
+    count, mean = moments.arrays()["count"], moments.arrays()["mean"]
     assert (count[1, 9], count[0, 0], count[0, 1], count.sum()) == (1, 1, 1, 3)
+    assert np.array_equal(np.isnan(mean[..., 0]), count == 0)

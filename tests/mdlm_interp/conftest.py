@@ -45,7 +45,7 @@ def small_config() -> MDLMConfig:
 @pytest.fixture
 def make_model() -> Callable[..., HookedMDLM]:
     """Builds a small model with random weights; keyword arguments go to HookedMDLM."""
-    return lambda config=SMALL, **keywords: random_weights(HookedMDLM(config, **keywords))
+    return lambda config=SMALL, seed=0, **keywords: random_weights(HookedMDLM(config, **keywords), seed)
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from transcoder.data import store_normalisation
 from transcoder.model import CrossLayerTranscoder
 from transcoder.run import train
 
-WORDS = "the old fox sees a red river and nine small birds sing to every quiet stone near our house".split()
+SENTENCE = "the old fox sees a red river and nine small birds sing to every quiet stone near our house"
+WORDS = SENTENCE.split()
 LENGTH = 24
 N_LAYERS, D_MODEL, N_FEATURES, K = 3, 32, 24, 4
 SHAPE = TranscoderConfig(n_layers=N_LAYERS, d_model=D_MODEL, n_features=N_FEATURES, k=K)
@@ -109,15 +110,15 @@ def run_config(store: ActivationStore, tmp_path: Path) -> CLTRunConfig:
     return CLTRunConfig(
         store=store.path,
         out=tmp_path / "clt",
-        n_features=N_FEATURES,
-        k=K,
+        n_features=64,
+        k=2,
         held_out_fraction=0.2,
         train=TrainConfig(
             steps=12,
             batch_size=50,
             lr=5e-3,
             warmup_steps=2,
-            dead_after_tokens=100,
+            dead_after_tokens=50,
             auxk=5,
             window_chunks=2,
             log_every=3,

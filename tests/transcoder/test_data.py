@@ -103,6 +103,6 @@ def test_a_missing_hook_is_named_with_what_to_capture(store):
     ):
         infer_shape(store, "blocks.{layer}.mlp.hook_inn", "blocks.{layer}.hook_mlp_out")
     with pytest.raises(
-        StoreError, match="capture 'blocks.{layer}.mlp.hook_in' and 'blocks.{layer}.hook_out'"
+        StoreError, match=r"capture 'blocks.{layer}.mlp.hook_in' and 'blocks.{layer}.hook_out'"
     ):
         infer_shape(store, "blocks.{layer}.mlp.hook_in", "blocks.{layer}.hook_out")

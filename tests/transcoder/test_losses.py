@@ -57,8 +57,8 @@ def test_auxk_is_zero_when_nothing_is_dead_or_it_is_off(case):
 
 def test_auxk_moves_only_dead_features(case, clt):
     residual, pre_acts, is_dead, w_dec = case
-    gradients = torch.autograd.grad(auxk_loss(residual, pre_acts, is_dead, w_dec, 3), [clt.W_enc, *w_dec, clt.b_dec],
-                                    allow_unused=True)  # fmt: skip
+    loss = auxk_loss(residual, pre_acts, is_dead, w_dec, 3)
+    gradients = torch.autograd.grad(loss, [clt.W_enc, *w_dec, clt.b_dec], allow_unused=True)
     assert torch.equal(gradients[0].ne(0).any(-1), is_dead)
     assert torch.equal(gradients[1].ne(0).any(-1).any(-1), is_dead[0])
     assert gradients[2] is None  # layer 1 has no dead feature

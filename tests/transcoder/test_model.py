@@ -35,6 +35,7 @@ def reference(clt, x):
 
 
 def test_forward_equals_the_float64_reference(clt, rows):
+    clt.requires_grad_(False)
     acts, y = reference(clt, rows[0])
     # Bounded by float32 rounding of sums over d_model = 32; the values are of size 1 to 10.
     assert float((clt.encode(rows[0]).double() - acts).abs().max()) < 2e-5
@@ -44,13 +45,12 @@ def test_forward_equals_the_float64_reference(clt, rows):
 
 def test_the_reference_would_notice_a_decoder_that_writes_backwards(clt, rows):
     """The neighbour that fails: the same weights with the order of targets turned around."""
-    with torch.no_grad():
-        for weight in clt.W_dec:
-            weight.copy_(weight.flip(1))
+    clt.requires_grad_(False)
+    for weight in clt.W_dec:
+        weight.copy_(weight.flip(1))
     flipped = clt(rows[0]).double()
-    with torch.no_grad():
-        for weight in clt.W_dec:
-            weight.copy_(weight.flip(1))
+    for weight in clt.W_dec:
+        weight.copy_(weight.flip(1))
     assert float((flipped - reference(clt, rows[0])[1]).abs().max()) > 1e-2
 
 
@@ -118,6 +118,7 @@ def test_an_activation_that_does_not_vary_is_an_error():
 
 def test_initial_weights_are_a_function_of_the_seed_within_the_documented_bounds(clt):
     config = clt.config
+    clt.requires_grad_(False)
     again, other = CrossLayerTranscoder(config, seed=4), CrossLayerTranscoder(config, seed=5)
     for name, parameter in clt.named_parameters():
         if name.startswith("W_"):

@@ -1,0 +1,296 @@
+"""The training loop: what it optimises, that it learns, and that stopping it changes nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mdlm_interp import HookedMDLM, MDLMConfig
+from mdlm_interp.diffusion import LogLinearSchedule, corrupt, nelbo_per_token, stratified_times
+from mdlm_interp.errors import CheckpointError, ConfigError, DataError
+from mdlm_interp.randomness import uniforms
+from mdlm_interp.training.checkpoint import STATE, load_state
+from mdlm_interp.training.config import TrainLMConfig
+from mdlm_interp.training.data import TokenStreams, WindowSampler, is_held_out, read_streams
+from mdlm_interp.training.trainer import LOG, Trainer, train
+
+
+@pytest.fixture
+def config(tmp_path, text_file, tiny_config) -> TrainLMConfig:
+    return TrainLMConfig(
+        files=(text_file,),
+        tokenizer=Path("unused"),
+        out=tmp_path / "run",
+        model=tiny_config,
+        steps=12,
+        batch_size=4,
+        lr=3e-3,
+        warmup_steps=2,
+        ema_decay=0.5,
+        wrap_share=0.5,
+        short_share=0.3,
+        held_out_share=0.2,
+        validate_every=100,
+        validation_sequences=8,
+        checkpoint_every=5,
+        log_every=3,
+    )
+
+
+@pytest.fixture
+def streams(text_file, tokenizer) -> TokenStreams:
+    return read_streams([text_file], tokenizer, 0.2)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_run_that_was_stopped_and_resumed_has_the_bits_of_one_that_was_not(
+    config, tokenizer, streams, dropout
+):
+    config = replace(config, model=replace(config.model, dropout=dropout))
+    whole = weights(train(config, tokenizer, streams))
+    stopped = replace(config, out=config.out.with_name("stopped"))
+    train(replace(stopped, steps=7), tokenizer, streams)
+    resumed = weights(train(stopped, tokenizer, streams))
+    assert same(whole, resumed)
+
+
+def test_dropout_takes_part_in_training(config, tokenizer, streams):
+    dropping = replace(config, out=config.out.with_name("drop"), model=replace(config.model, dropout=0.5))
+    assert not same(weights(train(config, tokenizer, streams)), weights(train(dropping, tokenizer, streams)))
+
+
+def test_an_interrupted_run_continues_from_its_last_checkpoint_with_the_same_log(
+    config, tokenizer, streams, monkeypatch
+):
+    whole = train(config, tokenizer, streams)
+    broken = replace(config, out=config.out.with_name("broken"))
+    step = Trainer.step
+
+    def interrupted(self: Trainer) -> tuple[float, float]:
+        if self.step_number == 8:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, tokenizer, streams)
+    monkeypatch.setattr(Trainer, "step", step)
+    saved = load_state(broken.out, broken)
+    assert saved is not None
+    assert saved[0] == 5
+    assert same(weights(whole), weights(train(broken, tokenizer, streams)))
+
+    def entries(directory: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (directory / LOG).read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+
+    # After a resume the running mean starts at the checkpoint, so only the steps that are logged must agree.
+    assert [line["step"] for line in entries(broken.out)] == [line["step"] for line in entries(config.out)]
+
+
+def test_one_step_is_adamw_on_the_bound(config, tokenizer, streams):
+    """Bounded: the same step written out with torch's own optimiser, to rounding."""
+    trainer = Trainer(replace(config, warmup_steps=0, grad_clip=1e9), tokenizer, streams)
+    twin = HookedMDLM(config.model, seed=config.seed).train()
+    optimiser = torch.optim.AdamW(twin.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.0)
+    x_0 = trainer.sampler.batch(0)
+    t = stratified_times(torch.from_numpy(uniforms(config.seed, "train:t", 0, config.batch_size)))
+    x_t = corrupt(
+        x_0, LogLinearSchedule().move_chance(t), config.model.mask_id, seed=config.seed, indices=range(4)
+    )
+    loss = nelbo_per_token(twin(x_t), x_0, x_t, t, config.model.mask_id).mean()
+    loss.backward()
+    optimiser.step()
+    reported, _ = trainer.step()
+    assert reported == pytest.approx(float(loss.detach()), rel=1e-6)
+    expected = dict(twin.named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_training_lowers_the_held_out_bound(config, tokenizer, streams):
+    """Behavioural: far below the uniform guess, and below where it started."""
+    longer = replace(config, steps=150, batch_size=16, ema_decay=0.9, short_share=0.0)
+    trainer = Trainer(longer, tokenizer, streams)
+    before = trainer.validate().nats_per_token
+    after = train(longer, tokenizer, streams).validate().nats_per_token
+    assert before == pytest.approx(torch.tensor(float(config.model.vocab_size - 1)).log().item(), rel=0.15)
+    assert after < before - 1.5
+
+
+def test_clipping_bounds_the_update_and_reports_the_norm_before_it(config, tokenizer, streams):
+    trainer = Trainer(replace(config, grad_clip=1e-3), tokenizer, streams)
+    _, norm = trainer.step()
+    after = torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm()
+    assert norm > 1e-2
+    assert float(after) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_average_ramps_up_and_follows_the_weights(config, tokenizer, streams):
+    trainer = Trainer(replace(config, ema_decay=0.5), tokenizer, streams)
+    name = "backbone.output_layer.linear.bias"
+    average = dict(trainer.average.named_parameters())[name].clone()
+    trainer.step()
+    decay = min(0.5, 2 / 11)
+    current = dict(trainer.model.named_parameters())[name]
+    expected = decay * average + (1 - decay) * current
+    torch.testing.assert_close(dict(trainer.average.named_parameters())[name], expected.detach())
+
+
+def test_bfloat16_matrix_products_leave_weights_and_loss_in_float32(config, tokenizer, streams):
+    trainer = Trainer(replace(config, precision="bfloat16"), tokenizer, streams)
+    loss, _ = trainer.step()
+    exact, _ = Trainer(config, tokenizer, streams).step()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert loss == pytest.approx(exact, rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(config, tokenizer, streams):
+    trainer = Trainer(config, tokenizer, streams)
+    with torch.no_grad():
+        dict(trainer.model.named_parameters())["backbone.output_layer.linear.bias"].fill_(torch.nan)
+    with pytest.raises(
+        CheckpointError, match=r"the loss of step 0 is nan; lower lr .* \(batch 0 of seed 0\)"
+    ):
+        trainer.step()
+
+
+def test_continuing_with_other_settings_is_refused(config, tokenizer, streams):
+    train(replace(config, steps=5), tokenizer, streams)
+    with pytest.raises(CheckpointError, match=r"was trained with lr = 0.003, the run asks for 0.1; restore"):
+        train(replace(config, lr=0.1), tokenizer, streams)
+
+
+def test_a_damaged_checkpoint_is_refused(config, tokenizer, streams):
+    train(replace(config, steps=5), tokenizer, streams)
+    path = config.out / STATE
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        train(config, tokenizer, streams)
+
+
+def test_a_save_that_fails_leaves_the_last_checkpoint(config, tokenizer, streams, monkeypatch):
+    trainer = train(replace(config, steps=5), tokenizer, streams)
+    before = load_file(config.out / STATE)
+
+    def full_disk(*_arguments: object, **_keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mdlm_interp.training.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        train(config, tokenizer, streams)
+    assert same(before, load_file(config.out / STATE))
+    assert trainer.step_number == 5
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(streams, tokenizer):
+    def sampler(seed: int) -> WindowSampler:
+        return WindowSampler(
+            stream=streams.train,
+            length=20,
+            batch_size=3,
+            eos_id=tokenizer.eos_id,
+            seed=seed,
+            wrap_share=0.5,
+            short_share=0.0,
+        )
+
+    first = [sampler(1).batch(step) for step in (0, 1, 2)]
+    assert torch.equal(sampler(1).batch(2), first[2])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(sampler(2).batch(0), first[0])
+
+
+def test_windows_are_pieces_of_the_stream_and_wrapped_ones_stand_between_end_of_texts(streams, tokenizer):
+    text = " ".join(map(str, streams.train.tolist()))
+    for share in (0.0, 1.0):
+        sampler = WindowSampler(
+            stream=streams.train,
+            length=20,
+            batch_size=8,
+            eos_id=tokenizer.eos_id,
+            seed=0,
+            wrap_share=share,
+            short_share=0.0,
+        )
+        for row in sampler.batch(5).tolist():
+            inner = row[1:-1] if share else row
+            assert " ".join(map(str, inner)) in text
+            assert not share or row[0] == row[-1] == tokenizer.eos_id
+
+
+def test_short_steps_are_shorter_and_as_frequent_as_asked(streams, tokenizer):
+    sampler = WindowSampler(
+        stream=streams.train,
+        length=40,
+        batch_size=1,
+        eos_id=tokenizer.eos_id,
+        seed=0,
+        wrap_share=0.0,
+        short_share=0.25,
+    )
+    lengths = [sampler.batch(step).shape[1] for step in range(400)]
+    assert set(lengths) == {16, 32, 40}
+    assert 0.18 < sum(length < 40 for length in lengths) / 400 < 0.32
+
+
+def test_documents_are_split_by_their_own_text(text_file, tokenizer, tmp_path):
+    twice = read_streams([text_file, text_file], tokenizer, 0.2)
+    once = read_streams([text_file], tokenizer, 0.2)
+    assert len(twice.train) == 2 * len(once.train)
+    assert twice.held_out.tolist() == once.held_out.tolist()
+    texts = text_file.read_text().strip().split("\n\n")
+    held_out = [text for text in texts if is_held_out(text, 0.2)]
+    expected = [token for text in held_out for token in [*tokenizer.encode(text), tokenizer.eos_id]]
+    assert once.held_out.tolist() == expected
+    assert once.held_out_bytes == sum(len(text.encode()) for text in held_out)
+
+
+def test_text_too_small_for_a_window_or_a_split_is_refused(tmp_path, tokenizer, config):
+    path = tmp_path / "one.txt"
+    path.write_text("the old fox")
+    with pytest.raises(DataError, match=r"no document fell on the .* side"):
+        read_streams([path], tokenizer, 0.2)
+
+
+def test_a_tokenizer_of_another_size_is_refused(config, tokenizer, streams):
+    other = replace(config, model=MDLMConfig(**{**vars(config.model), "vocab_size": 301}))
+    with pytest.raises(DataError, match=r"the tokenizer has 300 ids and model.vocab_size is 301"):
+        Trainer(other, tokenizer, streams)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"held_out_share": 0.0}, "held_out_share must be between 0 and 1, got 0.0"),
+        ({"wrap_share": 1.5}, r"wrap_share must be in \[0, 1\], got 1.5"),
+        ({"decay": "linear"}, r"linear decay needs decay_steps in \[1, 12\], got 0"),
+        ({"files": ()}, "files must name at least one text file"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **change)
+
+
+def test_the_learning_rate_rises_holds_and_falls(config):
+    config = replace(config, steps=100, warmup_steps=10, decay="linear", decay_steps=20, lr=1.0)
+    rates = [config.learning_rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:81] == pytest.approx([1.0] * 72)
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.05)

@@ -1,0 +1,236 @@
+"""Training: resuming gives the same bits, errors name their step and rows, and the loss falls."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mdlm_interp.errors import CheckpointError, ConfigError, DataError, OutputExistsError
+from transcoder.checkpoint import load_clt, read_tensors
+from transcoder.config import METRICS, TrainConfig
+from transcoder.data import Batch, BatchLoader, RowOrder, split_sequences
+from transcoder.report import read_log
+from transcoder.run import train
+from transcoder.trainer import Trainer
+
+
+def with_train(config, **changes):
+    return replace(config, train=replace(config.train, **changes))
+
+
+def same_weights(a, b):
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def log_without_speed(path):
+    return [{key: value for key, value in line.items() if key != "rows_per_s"} for line in read_log(path)]
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Make one step do something first; undone when called with None."""
+    original = Trainer.step
+
+    def install(step, action):
+        def stepping(self):
+            if self.step_number == step:
+                action()
+            return original(self)
+
+        monkeypatch.setattr(Trainer, "step", original if step is None else stepping)
+
+    return install
+
+
+class KilledError(Exception):
+    """Stands for a process that ends without warning."""
+
+
+def kill():
+    raise KilledError
+
+
+@pytest.mark.parametrize("step", [3, 5, 7, 11])
+def test_a_killed_run_that_is_resumed_has_the_bits_of_one_that_never_stopped(
+    run_config, stop_at, tmp_path, step
+):
+    whole = train(run_config)
+    stopped = replace(run_config, out=tmp_path / "stopped")
+    stop_at(step, kill)
+    with pytest.raises(KilledError):
+        train(stopped)
+    stop_at(None, None)
+    resumed = train(stopped)
+    assert same_weights(whole, resumed)
+    assert log_without_speed(run_config.out / METRICS) == log_without_speed(stopped.out / METRICS)
+    log = read_log(stopped.out / METRICS)
+    assert [line["step"] for line in log] == [3, 6, 9, 12]
+    assert all(line["dead"] > 0 for line in log)  # so that the auxiliary loss takes part
+    assert all(line["auxk"] > 0 for line in log)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_the_state_after_the_step_it_falls_in(run_config, stop_at, tmp_path, number):
+    whole = train(run_config)
+    stopped = replace(run_config, out=tmp_path / "stopped")
+    before = signal.getsignal(number)
+    stop_at(6, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    assert signal.getsignal(number) is before
+    assert [path.name for path in (stopped.out / "checkpoints").iterdir()] == ["step-00000007"]
+    stop_at(None, None)
+    assert same_weights(whole, train(stopped))
+
+
+def test_the_check_of_equal_bits_can_fail(run_config, tmp_path):
+    other = with_train(replace(run_config, out=tmp_path / "other"), seed=7)
+    assert not same_weights(train(run_config), train(other))
+
+
+def test_training_is_a_function_of_its_config(run_config, tmp_path):
+    assert same_weights(train(run_config), train(replace(run_config, out=tmp_path / "again")))
+
+
+def test_the_state_holds_the_moments_and_the_dead_counters(run_config, stop_at):
+    stop_at(7, kill)
+    with pytest.raises(KilledError):
+        train(run_config)
+    state = run_config.out / "checkpoints" / "step-00000005"
+    assert sorted(path.name for path in state.iterdir()) == [
+        "clt.safetensors", "config.json", "loop.json", "optimiser.safetensors"
+    ]  # fmt: skip
+    tensors = read_tensors(state / "optimiser.safetensors")
+    parameters = [name for name, _ in load_clt(state).named_parameters()]
+    moments = {f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in parameters}
+    assert tensors.keys() == {"rows_since_active"} | moments
+    assert float(tensors["step.W_enc"]) == 5.0
+    assert int(tensors["rows_since_active"].max()) <= 250
+
+
+def test_a_finished_run_is_a_transcoder_and_leaves_no_states(run_config):
+    clt = train(run_config)
+    assert same_weights(clt, load_clt(run_config.out))
+    assert sorted(path.name for path in run_config.out.iterdir()) == [
+        "clt.safetensors", "config.json", "metrics.jsonl"
+    ]  # fmt: skip
+    with pytest.raises(OutputExistsError, match="holds a finished transcoder; choose another out directory"):
+        train(run_config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 1e-3}, r"was trained with train.lr = 0.005, the run asks for 0.001; restore the setting"),
+        ({"steps": 13}, r"was trained with train.steps = 12, the run asks for 13"),
+    ],
+)
+def test_a_stopped_run_does_not_continue_with_other_settings(run_config, stop_at, changes, message):
+    stop_at(7, kill)
+    with pytest.raises(KilledError):
+        train(run_config)
+    with pytest.raises(CheckpointError, match=message):
+        train(with_train(run_config, **changes))
+
+
+def test_a_stopped_run_does_not_continue_on_another_store(run_config, stop_at, reopened, monkeypatch):
+    stop_at(7, kill)
+    with pytest.raises(KilledError):
+        train(run_config)
+    monkeypatch.setattr(reopened, "fingerprint", lambda: "0" * 64)
+    with pytest.raises(CheckpointError, match="was trained on another store than this one"):
+        train(run_config, store=reopened)
+
+
+def test_rows_that_are_not_finite_are_an_error_that_names_step_and_rows(run_config, reopened, monkeypatch):
+    read, poisoned = reopened.read, []
+
+    def poison(rows, hooks=None):
+        found = read(rows, hooks)
+        for index, row in enumerate(rows):
+            if row in poisoned:
+                found["blocks.1.mlp.hook_in"][index, 3] = torch.nan
+        return found
+
+    monkeypatch.setattr(reopened, "read", poison)
+    train(run_config)  # nothing is poisoned yet
+    batches = [json.loads(line)["step"] for line in (run_config.out / METRICS).read_text().splitlines()]
+    assert batches[-1] == 12
+    steps = rows_of_steps(run_config, reopened)
+    poisoned += [int(steps[4][0]), int(steps[4][9])]
+    with pytest.raises(DataError) as caught:
+        train(replace(run_config, out=run_config.out / "again"), store=reopened)
+    listed = ", ".join(map(str, sorted(poisoned)))
+    assert str(caught.value).startswith("the loss of step 4 is nan")
+    assert f"the store's rows {listed} are not finite; capture them again" in str(caught.value)
+
+
+def rows_of_steps(config, store):
+    """The rows of each step, from the order of batches alone."""
+    split = split_sequences(store.tokens()[0], config.held_out_fraction, config.train.seed)
+    order = RowOrder(
+        split.train, store.length, seed=config.train.seed, window_chunks=config.train.window_chunks
+    )
+    loader = BatchLoader(store, order, config.train.batch_size, [], [])
+    return [loader.rows(step) for step in range(config.train.steps)]
+
+
+def test_a_diverged_run_is_an_error_that_says_so(run_config):
+    with pytest.raises(
+        DataError, match=r"its rows .* are finite, so training diverged; lower lr or set grad_clip"
+    ):
+        train(with_train(run_config, lr=1e30))
+
+
+def test_training_reconstructs_far_better_than_the_mean(trained_directory):
+    log = read_log(trained_directory / METRICS)
+    assert log[0]["fvu"] > 0.6
+    assert log[-1]["fvu"] < 0.35
+    assert log[-1]["l0"] == pytest.approx(8, abs=0.2)
+    assert log[-1]["rows"] == 150 * 128
+
+
+def test_dead_counters_count_rows_since_a_feature_was_active(clt, rows):
+    class Same(BatchLoader):
+        def __init__(self):
+            pass
+
+        def batch(self, step):
+            return Batch(np.arange(64), *rows)
+
+    with torch.no_grad():
+        clt.b_enc[1, 5] = -1e3
+    trainer = Trainer(clt, Same(), TrainConfig(lr=1e-9, dead_after_tokens=128))
+    metrics = [trainer.step() for _ in range(3)]
+    active = (clt.encode(rows[0]) > 0).any(1)
+    assert trainer.rows_since_active[1, 5] == 192
+    assert torch.equal(trainer.rows_since_active == 0, active)
+    assert [step.dead for step in metrics] == [0, 0, int((~active).sum())]
+
+
+def test_the_learning_rate_warms_up_holds_and_falls_to_zero():
+    config = TrainConfig(steps=100, lr=1.0, warmup_steps=10, decay_fraction=0.2)
+    rates = [config.learning_rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert set(rates[10:81]) == {1.0}
+    assert rates[80:] == pytest.approx([1 - step / 20 for step in range(20)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"decay_fraction": 1.5}, r"decay_fraction must be in \[0, 1\], got 1.5"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
+        ({"grad_clip": 0.0}, "grad_clip must be above 0, got 0.0; none switches it off"),
+    ],
+)
+def test_impossible_training_settings_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**changes)
