@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 from capture.config import CaptureConfig
+from capture.manifest import MANIFEST
 from capture.reader import ActivationStore, open_store
 from mdlm_interp.config_args import parse_args
 
@@ -30,7 +32,12 @@ def run(argv: Sequence[str]) -> int:
         CaptureConfig, argv, prog="mdlm-interp capture run", positional=("files",), config_file=True
     )
     start = perf_counter()
-    store = run_capture(config, progress=True)
+    try:
+        store = run_capture(config, progress=True)
+    except KeyboardInterrupt:
+        if (config.out / MANIFEST).is_file():
+            print(summary(open_store(config.out)), file=sys.stderr)
+        raise
     seconds = perf_counter() - start
     print(summary(store))
     print(f"took {seconds:.1f} s, {len(store) / seconds:,.0f} rows/s with loading")

@@ -10,8 +10,9 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 from mdlm_interp.errors import CheckpointError, DataError
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "[MASK]"
+
+GPT2 = "openai-community/gpt2"
+"""The repository of the tokenizer that published MDLMs were trained with."""
 
 
 class Tokenizer:
@@ -84,10 +88,10 @@ class Tokenizer:
                 ids.append(self.mask_id)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of ids; the mask reads " [MASK]", bytes that are no UTF-8 become U+FFFD."""
         parts: list[str] = []
-        for is_mask, run in groupby(self._checked(ids), key=lambda token: token == self.mask_id):
+        for is_mask, run in groupby(self._checked(ids), key=self.mask_id.__eq__):
             tokens = list(run)
             if is_mask:
                 parts += [" " + MASK] * len(tokens)
@@ -95,19 +99,18 @@ class Tokenizer:
                 parts.append(self._backend.decode(tokens, skip_special_tokens=False))
         return "".join(parts)
 
-    def _checked(self, ids: Iterable[int]) -> Iterator[int]:
-        for token in map(int, ids):
-            if not 0 <= token < self.vocab_size:
-                raise DataError(
-                    f"token ids must be in [0, {self.vocab_size}), got {token}; another model's ids?"
-                )
+    def _checked(self, ids: Iterable[SupportsIndex]) -> Iterator[int]:
+        size = self.vocab_size
+        for token in map(index, ids):
+            if not 0 <= token < size:
+                raise DataError(f"token ids must be in [0, {size}), got {token}; another model's ids?")
             yield token
 
     def token(self, token_id: int) -> str:
         """One token as readable text."""
         return MASK if token_id == self.mask_id else self.decode([token_id])
 
-    def count_bytes(self, ids: Iterable[int]) -> int:
+    def count_bytes(self, ids: Iterable[SupportsIndex]) -> int:
         """Bytes of UTF-8 that the ids stand for; <|endoftext|> and the mask count zero."""
         return sum(self._byte_lengths[token] for token in self._checked(ids))
 
@@ -143,11 +146,11 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
             return Tokenizer(backend)
     except CheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001  (the tokenizers library raises plain Exception for a damaged file
+    except Exception as error:  # noqa: BLE001  (what the tokenizers library raises for a damaged file)
         raise CheckpointError(f"the tokenizer in {directory} is damaged: {error}") from None
-    if Path(source).is_dir() or source == "bundled":
+    if Path(source).is_dir() or source in ("bundled", GPT2):
         raise CheckpointError(
             f"{directory} has no tokenizer.json (nor vocab.json with merges.txt); "
             f"name the tokenizer's directory as well, GPT-2's for the published checkpoint"
         )
-    return load_tokenizer("openai-community/gpt2")
+    return load_tokenizer(GPT2)

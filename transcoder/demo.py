@@ -169,8 +169,8 @@ def _capture(work: Workspace) -> None:
     store = run_capture(CaptureConfig(model=work.config.model, files=(text,), out=work.store), progress=True)
     masked = float(store.coords(slice(None))["is_masked"].double().mean())
     print(
-        f"{len(store):,} tokens of {text.name}, {masked:.0%} of them masked, x {len(store.hooks)} hook points: "
-        f"{store.bytes_on_disk / 1e6:.0f} MB in {work.store}"
+        f"{len(store):,} tokens of {text.name}, {masked:.0%} of them masked, x {len(store.hooks)} hook "
+        f"points: {store.bytes_on_disk / 1e6:.0f} MB in {work.store}"
     )
 
 

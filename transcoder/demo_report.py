@@ -46,7 +46,7 @@ def effects(sentence: str, ids: Sequence[int], found: PredictionEffects, tokeniz
         ]
         for effect in found.effects[:SHOWN]
     ]
-    head = ["feature", "token", "activation", "estimated", "logit change", f"P({word.strip()})"]
+    head = ["feature", "token", "activation", "estimated", "log-odds change", f"P({word.strip()})"]
     lines += ["  " + line for line in table(head, rows)]
     if found.effects:
         lines += ["", f"  likeliest words before and after ablating {_name(found.effects[0])}:"]
@@ -129,7 +129,7 @@ def save_effects(found: PredictionEffects, tokenizer: Tokenizer, directory: Path
     axes.barh([n - 0.2 for n in numbers], [e.attribution for e in shown], 0.38, label="first-order estimate")
     axes.set_yticks(list(numbers), [f"{_name(effect)} at {effect.position}" for effect in shown])
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("change of the centred logit (nats)")
+    axes.set_xlabel("change of the log-odds (nats)")
     axes.set_ylabel("feature and position")
     axes.set_title(f"Ablating one feature: effect on {tokenizer.token(found.token)!r} at {found.position}")
     axes.legend()

@@ -5,8 +5,8 @@
 2. The features ranked highest are ablated for real, one forward pass each, with the model's own errors
    kept (`ReplacementModel.edited`).
 
-A logit here is centred: the target's minus the mean over all tokens but the mask, because adding one
-constant to every logit changes no prediction.
+A logit here is the log-odds of the target, log(p / (1 - p)): its raw logit minus the log-sum-exp of all
+others but the mask. Adding a constant to every raw logit changes no prediction, and does not change this.
 """
 
 # Axes: pos, d_model, feature, layer, target (layers from the source on), vocab
@@ -35,7 +35,7 @@ class FeatureAttribution:
     position: int
     activation: float
     attribution: float
-    """First-order estimate of the change of the target's centred logit."""
+    """First-order estimate of the change of the target's log-odds."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FeatureEffect(FeatureAttribution):
     """A feature active at a position, and what ablating it there does."""
 
     logit_change: float
-    """Of the target's centred logit."""
+    """Of the target's log-odds, in nats."""
     probability_before: float
     probability_after: float
 
@@ -71,7 +71,7 @@ def attribute_features(
     *,
     limit: int | None = None,
 ) -> list[FeatureAttribution]:
-    """Active features by first-order effect on a token's centred logit, largest first.
+    """Active features by first-order effect on a token's log-odds, largest first.
 
     Args:
         position: Where the token is predicted.
@@ -130,7 +130,7 @@ def feature_effects(
             effects.append(
                 FeatureEffect(
                     **vars(candidate),
-                    logit_change=float(_centred(after, token) - _centred(before, token)),
+                    logit_change=float(_log_odds(after, token) - _log_odds(before, token)),
                     probability_before=float(_probabilities(before)[token]),
                     probability_after=float(_probabilities(after)[token]),
                 )
@@ -159,7 +159,7 @@ def ablated_logits(
 def _output_gradients(
     replacement: ReplacementModel, input_ids: Tensor, position: int, token: int, timesteps: Tensor | None
 ) -> Float[Tensor, "layer pos d_model"]:
-    """Derivative of the target's centred logit by what each MLP adds to the residual stream."""
+    """Derivative of the target's log-odds by what each MLP adds to the residual stream."""
     names = replacement.clt.config.output_hooks
     added: dict[str, Tensor] = {}
 
@@ -169,7 +169,9 @@ def _output_gradients(
 
     with torch.enable_grad(), replacement.model.hooks(dict.fromkeys(names, add_zero)):
         logits = replacement.model(input_ids, timesteps)
-        gradients = torch.autograd.grad(_centred(logits[0, position], token), [added[name] for name in names])
+        gradients = torch.autograd.grad(
+            _log_odds(logits[0, position], token), [added[name] for name in names]
+        )
     return torch.stack([gradient[0] for gradient in gradients])
 
 
@@ -181,9 +183,10 @@ def _check_target(replacement: ReplacementModel, input_ids: Tensor, position: in
         raise DataError(f"token must be in [0, {mask_id}), which leaves out the mask, got {token}")
 
 
-def _centred(logits: Float[Tensor, " vocab"], token: int) -> Float[Tensor, ""]:
+def _log_odds(logits: Float[Tensor, " vocab"], token: int) -> Float[Tensor, ""]:
     # The mask is the last token; SUBS makes it impossible.
-    return logits[token] - logits[:-1].mean()
+    is_other = torch.arange(logits.shape[0] - 1, device=logits.device) != token
+    return logits[token] - logits[:-1][is_other].logsumexp(0)
 
 
 def _probabilities(logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:

@@ -65,6 +65,18 @@ def test_info_of_an_interrupted_store_says_so(config, capsys, monkeypatch):
     assert "incomplete, planned with 72 rows" in out
 
 
+def test_an_interrupted_run_says_how_much_is_kept(config, capsys, monkeypatch):
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("capture.writer.StoreWriter.finish", interrupt)
+    assert main(["capture", "run", *arguments(config)]) == 130
+    kept, last = capsys.readouterr().err.splitlines()
+    assert kept.startswith(f"{config.out}: 0 rows (0 sequences of 24 tokens), 4 hooks")
+    assert kept.endswith("incomplete, planned with 72 rows")
+    assert last == "mdlm-interp capture run: interrupted"
+
+
 def test_the_command_line_reaches_both_commands(config, capsys):
     assert main(["capture", "run", *arguments(config)]) == 0
     assert main(["capture", "info", str(config.out)]) == 0

@@ -149,7 +149,7 @@ def test_rows_come_in_the_order_asked_for_with_repeats(store, rows):
 @pytest.mark.parametrize("long_run", [1, 8, 10**6])
 def test_runs_of_rows_read_as_single_rows_do(store, monkeypatch, long_run):
     monkeypatch.setattr("capture.reader.LONG_RUN", long_run)
-    rows = [*range(10, 40), *range(63, 66), 70, *range(100, 180), 503]
+    rows = [*range(10, 40), *range(63, 66), 67, *range(100, 180), 503]
     whole = store.read(slice(None), HOOK)[HOOK]
     assert torch.equal(store.read(rows, HOOK)[HOOK], whole[rows])
     assert torch.equal(store.read(rows[::-1], HOOK)[HOOK], whole[rows[::-1]])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from mdlm_interp.config import MDLMConfig
 from mdlm_interp.hooks import ActivationCache
 from mdlm_interp.model import HookedMDLM
+from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
 
 SMALL = MDLMConfig(
     vocab_size=41, model_length=16, hidden_dim=24, cond_dim=10, n_blocks=2, n_heads=3, time_conditioning=True
@@ -84,3 +88,22 @@ def unchecked() -> Iterator[None]:
 def listening() -> Callable[[HookedMDLM], int]:
     """Counts the functions that are installed on a model's hook points."""
     return lambda model: sum(len(point.listeners) for point in model._registry.points.values())
+
+
+@pytest.fixture(scope="session")
+def gpt2_directory(tmp_path_factory) -> Path:
+    """GPT-2's two tokenizer files with its 256 bytes but only a handful of merges."""
+    merges = ["T h", "Th e", "Ġ o", "Ġo f", "Ġ i", "Ġi s", "Ġ t", "h e", "Ġt he", "Ã ©"]
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(merge.replace(" ", "") for merge in merges), "<|endoftext|>"]
+    directory = tmp_path_factory.mktemp("gpt2")
+    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)})
+    (directory / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(gpt2_directory) -> Tokenizer:
+    """The tokenizer of `gpt2_directory`: <|endoftext|> is its last id but one, [MASK] its last."""
+    return load_tokenizer(gpt2_directory)

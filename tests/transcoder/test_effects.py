@@ -33,10 +33,11 @@ def noise(sigma):
 
 
 @torch.no_grad()
-def centred_logit(replacement, ids, noise, edits=()):
+def log_odds(replacement, ids, noise, edits=()):
     with replacement.edited(list(edits)):
         logits = replacement.model(ids, noise)[0, POSITION]
-    return float(logits[TOKEN] - logits[:-1].mean())
+    p = logits[:-1].softmax(0)[TOKEN]
+    return float((p / (1 - p)).log())
 
 
 def test_attribution_is_the_derivative_by_the_features_scale(exact, one, noise):
@@ -44,7 +45,7 @@ def test_attribution_is_the_derivative_by_the_features_scale(exact, one, noise):
     step = 1e-5
     for row in [*rows[:6], rows[len(rows) // 2]]:
         edits = [[FeatureEdit(row.layer, row.feature, (row.position,), 1 + sign * step)] for sign in (1, -1)]
-        up, down = (centred_logit(exact, one, noise, edit) for edit in edits)
+        up, down = (log_odds(exact, one, noise, edit) for edit in edits)
         # Central differences in float64: rounding 1e-15 / 1e-5 and curvature 1e-10.
         assert -row.attribution == pytest.approx((up - down) / (2 * step), rel=1e-5, abs=1e-8)
 
@@ -69,9 +70,9 @@ def test_attribution_agrees_with_real_ablation(exact, one, noise):
 
 def test_effects_are_ablations_by_hand_largest_first(exact, one, noise):
     result = feature_effects(exact, one, POSITION, TOKEN, noise, n_ablations=6, n_top=3)
-    before = centred_logit(exact, one, noise)
+    before = log_odds(exact, one, noise)
     for row in result.effects:
-        after = centred_logit(exact, one, noise, [FeatureEdit(row.layer, row.feature, (row.position,))])
+        after = log_odds(exact, one, noise, [FeatureEdit(row.layer, row.feature, (row.position,))])
         assert row.logit_change == pytest.approx(after - before, abs=1e-12)
     sizes = [abs(row.logit_change) for row in result.effects]
     assert sizes == sorted(sizes, reverse=True)
