@@ -194,7 +194,8 @@ class HookedMDLM(nn.Module):
                 A returned tensor replaces the activation (same shape, dtype and device); so does writing
                 in place, because the function gets a private copy.
             read_only: The functions only look: they get the live tensor without a copy and must neither
-                write to it nor return anything.
+                write to it nor return anything. Either is an error, but in torch's inference mode a write
+                cannot be noticed.
         Raises:
             HookError: If a name matches nothing; nothing is installed then.
         """

@@ -177,7 +177,12 @@ def _capture(work: Workspace) -> None:
 def _train(work: Workspace) -> CrossLayerTranscoder:
     settings = TrainConfig(steps=work.config.train_steps, dead_after_tokens=25_000)
     run = CLTRunConfig(
-        store=work.store, out=work.clt, n_features=work.config.n_features, k=work.config.k, train=settings
+        store=work.store,
+        out=work.clt,
+        n_features=work.config.n_features,
+        k=work.config.k,
+        held_out_fraction=0.2,  # a larger part of a small text, to measure on more than a handful of sequences
+        train=settings,
     )
     clt = train(run, progress=True)
     last = read_log(work.clt / METRICS)[-1]

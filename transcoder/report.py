@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 REPORT = "report.json"
 MARKDOWN = "report.md"
 DOTS_PER_INCH = 150
+LEAST_SHARED = 0.02
+"""Nats per token that ablating a layer must cost for its recovered share to be shown."""
 COLOURS = {"all": "#333333", "unmasked": "#4477aa", "masked": "#ee6677"}
 
 
@@ -169,7 +171,8 @@ def layer_table(evaluation: Evaluation) -> list[str]:
             str(every.dead),
             f"{replaced.nelbo - original:+.3f}",
             f"{zero.nelbo - original:+.3f}",
-            f"{share:.3f}",
+            # A share of next to nothing says nothing.
+            f"{share:.3f}" if abs(zero.nelbo - original) > LEAST_SHARED else "-",
         ]
         for number, (every, unmasked, masked, replaced, zero, share) in enumerate(columns)
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -13,7 +12,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from mdlm_interp.config import MDLMConfig
-from mdlm_interp.hooks import ActivationCache
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
 
@@ -53,7 +51,8 @@ def make_model() -> Callable[..., HookedMDLM]:
 
 
 @pytest.fixture
-def model(make_model) -> HookedMDLM:
+def model(make_model):
+    """A time-conditioned HookedMDLM of two blocks."""
     return make_model()
 
 
@@ -71,7 +70,7 @@ def sigma() -> Tensor:
 
 
 @pytest.fixture
-def cache(model, ids, sigma) -> ActivationCache:
+def cache(model, ids, sigma):
     """Every activation of `model` on `ids`."""
     return model.run_with_cache(ids, timesteps=sigma)[1]
 
@@ -91,7 +90,7 @@ def listening() -> Callable[[HookedMDLM], int]:
 
 
 @pytest.fixture(scope="session")
-def gpt2_directory(tmp_path_factory) -> Path:
+def gpt2_directory(tmp_path_factory):
     """GPT-2's two tokenizer files with its 256 bytes but only a handful of merges."""
     merges = ["T h", "Th e", "Ġ o", "Ġo f", "Ġ i", "Ġi s", "Ġ t", "h e", "Ġt he", "Ã ©"]
     alphabet = sorted(ByteLevel.alphabet())

@@ -18,7 +18,7 @@ from mdlm_interp.model import HookedMDLM
 def shard(directory: Path, parts: int = 3) -> None:
     """Rewrite a model directory as transformers would above its shard size."""
     state = load_file(directory / "model.safetensors")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for part in range(parts):
         name = f"model-{part + 1:05}-of-{parts:05}.safetensors"
         piece = {key: state[key] for key in sorted(state)[part::parts]}

@@ -22,7 +22,7 @@ def noised(tensor: Tensor, hook: object) -> Tensor:
     )
 
 
-def unhooked(model, ids, sigma, name: str) -> Tensor:
+def unhooked(model, ids, sigma, name: str):
     """The logits when someone only looks at this point."""
     return model.run_with_cache(ids, name, timesteps=sigma)[0]
 
@@ -120,7 +120,7 @@ def test_a_function_that_keeps_its_tensor_and_returns_it_is_safe_from_later_writ
     assert torch.equal(kept[0], unhooked_embedding(model, ids))
 
 
-def unhooked_embedding(model, ids) -> Tensor:
+def unhooked_embedding(model, ids):
     return model.run_with_cache(ids, "hook_embed", timesteps=torch.zeros(2))[1]["hook_embed"]
 
 

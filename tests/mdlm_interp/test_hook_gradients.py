@@ -71,10 +71,10 @@ def test_the_logits_have_a_gradient_in_an_activation_cached_without_clone(model6
 def test_a_cached_activation_has_the_gradient_of_the_embedding(model64, ids, sigma, name):
     """A loss on any cached copy reaches the weights, LayerNorm's scale included."""
     table = model64.backbone.vocab_embed.embedding
-    weight = model64.backbone.sigma_map.mlp["2"].weight if "cond" in name or "adaln" in name else table
+    weight = model64.backbone.sigma_map.mlp.second.weight if "cond" in name or "adaln" in name else table
     direction = direction_like(weight)
 
-    def loss() -> Tensor:
+    def loss():
         return model64.run_with_cache(ids, name, timesteps=sigma)[1][name].sin().sum()
 
     (gradient,) = torch.autograd.grad(loss(), weight)

@@ -72,7 +72,7 @@ def hub(saved, monkeypatch):
     """A hub that has `saved` as kuleshov-group/mdlm-owt; records what it is asked for."""
     asked: list[dict[str, object]] = []
 
-    def snapshot_download(repository: str, **keywords: object) -> str:
+    def snapshot_download(repository, **keywords):
         asked.append({"repository": repository, **keywords})
         return os.fspath(saved)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mdlm_interp.arithmetic import NativeArithmetic
+from mdlm_interp.config import TIME_FEATURES
 from mdlm_interp.model import HookedMDLM
 from tests.mdlm_interp.test_golden import BOUNDS, FILES, Golden, build, errors_against, failures, load_golden
 
@@ -146,8 +147,8 @@ def outer_silu_missing(golden: Golden, dtype: torch.dtype) -> HookedMDLM:
     sigma_map = model.backbone.sigma_map
 
     def forward(sigma, arithmetic):
-        hidden = arithmetic.silu(sigma_map.mlp["0"](arithmetic.time_features(sigma, 256), arithmetic))
-        return sigma_map.mlp["2"](hidden, arithmetic)
+        hidden = sigma_map.mlp.first(arithmetic.time_features(sigma, TIME_FEATURES), arithmetic)
+        return sigma_map.mlp.second(arithmetic.silu(hidden), arithmetic)
 
     sigma_map.forward = forward  # type: ignore[method-assign]
     return model

@@ -1,0 +1,271 @@
+"""The exact operations: same definition, same bits, on every machine. SPEC.md says what each one is.
+
+All take and return float32 tensors on one device, compute without gradients, refuse values that are not
+finite, and return zeros without a sign.
+
+>>> import torch
+>>> one_ulp = 2.0**-23
+>>> linear(torch.tensor([[1.0, one_ulp / 2, 2.0**-60]]), torch.ones(1, 3)).item() - 1.0 == one_ulp
+True
+>>> torch.nn.functional.linear(torch.tensor([[1.0, one_ulp / 2, 2.0**-60]]), torch.ones(1, 3)).item() - 1.0
+0.0
+"""
+
+# Axes: batch, pos, d (any width), head, d_head, query, key, half (d_head / 2)
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mdlm_interp.shapes import Float, Float32, Shaped
+from oracle import elementwise, tables
+from oracle.errors import ExactError
+from oracle.guard import exact_operation, require_finite
+from oracle.paths import fused_for
+from oracle.products import Rows, as_rows, certified, raw_product, require_representable, tiles
+from oracle.recipes import MAX_SUM_TERMS
+from oracle.weights import WeightCache
+
+__all__ = [
+    "linear",
+    "matmul",
+    "add",
+    "mul",
+    "modulate",
+    "layer_norm",
+    "gelu_tanh",
+    "silu",
+    "attention_scores",
+    "softmax",
+    "mix",
+    "attention",
+    "rotary_tables",
+    "rotate",
+    "time_features",
+]
+
+WEIGHT_ELEMENTS_AT_ONCE = 1 << 21
+"""Weights converted to float64 at a time where they are not kept (16 MiB)."""
+
+_NOTHING_KEPT = WeightCache(0)
+
+
+@exact_operation
+def linear(
+    x: Float32[Tensor, "*rows d_in"],
+    weight: Float32[Tensor, "d_out d_in"],
+    bias: Float32[Tensor, " d_out"] | None = None,
+    *,
+    cache: WeightCache | None = None,
+) -> Float32[Tensor, "*rows d_out"]:
+    """x times weight transposed, plus bias: the exact value rounded once.
+
+    Args:
+        cache: Keeps float64 copies of weights between calls.
+    """
+    n_out, n_in = weight.shape
+    rows = as_rows(x.reshape(1, -1, n_in), "linear: x")
+    n_rows = rows.values.shape[1]
+    out = torch.empty(1, n_rows, n_out, device=x.device)
+    if bias is not None:
+        require_finite(bias, "linear: bias")
+    biases = None if bias is None else bias.detach().double()
+    largest = float(rows.norms.amax()) if n_rows else 0.0
+    step = max(1, WEIGHT_ELEMENTS_AT_ONCE // max(1, n_in))
+    for start, columns in (cache or _NOTHING_KEPT).rows_of(weight, step, "linear: weight"):
+        stop = start + columns.norms.shape[1]
+        part = None if biases is None else biases[start:stop]
+        for _, block in tiles(1, n_rows, stop - start, x.device):
+            certified(rows.part(slice(0, 1), block), columns, out[:, block, start:stop], part)
+        reach = largest * float(columns.norms.amax()) + (0.0 if part is None else float(part.abs().amax()))
+        require_representable(out[..., start:stop], reach, "linear")
+    return out.reshape(*x.shape[:-1], n_out)
+
+
+@exact_operation
+def matmul(a: Float32[Tensor, "*batch m k"], b: Float32[Tensor, "*batch k n"]) -> Float32[Tensor, "*batch m n"]:
+    """The matrix product, each element the exact sum rounded once; leading axes broadcast."""
+    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
+        raise ExactError(f"matmul: shapes {list(a.shape)} and {list(b.shape)} do not fit [.., m, k] and [.., k, n]")
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    left = as_rows(a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:]), "matmul: a")
+    right = as_rows(b.mT.expand(*batch, *b.mT.shape[-2:]).reshape(-1, *b.mT.shape[-2:]), "matmul: b")
+    return _products(left, right, "matmul").reshape(*batch, a.shape[-2], b.shape[-1])
+
+
+def _products(a: Rows, b: Rows, what: str, factor: float = 1.0) -> Float32[Tensor, "group row col"]:
+    n_groups, n_rows, n_cols = a.values.shape[0], a.values.shape[1], b.values.shape[1]
+    out = torch.empty(n_groups, n_rows, n_cols, device=a.values.device)
+    for groups, block in tiles(n_groups, n_rows, n_cols, out.device):
+        certified(a.part(groups, block), b.part(groups, slice(None)), out[groups, block], factor=factor)
+    if out.numel():
+        require_representable(out, float(a.norms.amax()) * float(b.norms.amax()) * factor, what)
+    return out
+
+
+@exact_operation
+def add(a: Tensor, b: Tensor) -> Float32[Tensor, "..."]:
+    """Element-wise sum, rounded once; broadcasting."""
+    return _checked((a + b).add_(0.0), "add: the sum")
+
+
+@exact_operation
+def mul(a: Tensor, b: Tensor) -> Float32[Tensor, "..."]:
+    """Element-wise product, rounded once; broadcasting."""
+    return _checked((a * b).add_(0.0), "mul: the product")
+
+
+def _checked(out: Tensor, what: str) -> Tensor:
+    # A value that is not finite goes in or comes out exactly if one comes out here.
+    require_finite(out, what)
+    return out
+
+
+@exact_operation
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Float32[Tensor, "..."]:
+    """adaLN: x * (1 + scale) + shift, in float64, rounded once to float32."""
+    fused = fused_for(x.device)
+    one_a_sequence = x.dim() == 3 and shift.shape == scale.shape == (x.shape[0], 1, x.shape[2])
+    if fused is not None and one_a_sequence:
+        return _checked(fused.modulate(x, shift, scale), "modulate: the result")
+    return _checked(elementwise.modulate(x, shift, scale), "modulate: the result")
+
+
+@exact_operation
+def layer_norm(
+    x: Float32[Tensor, "*rows d"], weight: Float32[Tensor, " d"], scale: Float32[Tensor, "*rows 1"] | None = None
+) -> tuple[Float32[Tensor, "*rows d"], Float32[Tensor, "*rows 1"]]:
+    """(x - mean) * scale * weight, and the scale: 1 / sqrt(biased variance + 1e-5) unless given."""
+    _require_length(x.shape[-1], "layer_norm")
+    require_finite(x, "layer_norm: x")
+    normalized, used = (fused_for(x.device) or elementwise).layer_norm(x, weight, scale)
+    return _checked(normalized, "layer_norm: the result"), used
+
+
+def _require_length(n: int, what: str) -> None:
+    if not 1 <= n <= MAX_SUM_TERMS:
+        raise ExactError(f"{what}: rows must have 1 to {MAX_SUM_TERMS} values for their sums to be exact, got {n}")
+
+
+@exact_operation
+def gelu_tanh(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    """GELU in its tanh form."""
+    require_finite(x, "gelu_tanh: x")
+    fused = fused_for(x.device)
+    return elementwise.gelu_tanh(x) if fused is None else fused.logistic(x, gelu=True)
+
+
+@exact_operation
+def silu(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    """x times the logistic function of x."""
+    require_finite(x, "silu: x")
+    fused = fused_for(x.device)
+    return elementwise.silu(x) if fused is None else fused.logistic(x, gelu=False)
+
+
+def _per_head(x: Tensor) -> Tensor:
+    """[batch, pos, head, d_head] as [batch * head, pos, d_head]."""
+    return x.detach().transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _scaled_query(q: Tensor, what: str) -> tuple[Rows, float]:
+    """Queries with as much of 1 / sqrt(d_head) as can be multiplied in exactly, and the rest of the factor."""
+    factor = tables.inverse_square_root(q.shape[-1])
+    if math.frexp(factor)[0] == 0.5:
+        return as_rows(_per_head(q), f"{what}: q", factor), 1.0
+    return as_rows(_per_head(q), f"{what}: q"), factor
+
+
+@exact_operation
+def attention_scores(
+    q: Float32[Tensor, "batch query head d_head"], k: Float32[Tensor, "batch key head d_head"]
+) -> Float32[Tensor, "batch head query key"]:
+    """q . k / sqrt(d_head), the scale being part of the single rounding."""
+    queries, factor = _scaled_query(q, "attention_scores")
+    scores = _products(queries, as_rows(_per_head(k), "attention_scores: k"), "attention_scores", factor)
+    return scores.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+
+
+@exact_operation
+def softmax(scores: Float32[Tensor, "*rows cols"]) -> Float32[Tensor, "*rows cols"]:
+    """Over the last axis."""
+    _require_length(scores.shape[-1], "softmax")
+    require_finite(scores, "softmax: scores")
+    return (fused_for(scores.device) or elementwise).softmax(scores)  # type: ignore[no-any-return]
+
+
+@exact_operation
+def mix(
+    pattern: Float32[Tensor, "batch head query key"], v: Float32[Tensor, "batch key head d_head"]
+) -> Float32[Tensor, "batch query head d_head"]:
+    """Values weighted by an attention pattern."""
+    weights = as_rows(pattern.reshape(-1, *pattern.shape[2:]), "mix: pattern")
+    mixed = _products(weights, as_rows(_per_head(v).mT, "mix: v"), "mix")
+    return mixed.reshape(*pattern.shape[:3], v.shape[-1]).transpose(1, 2)
+
+
+@exact_operation
+def attention(
+    q: Float32[Tensor, "batch query head d_head"],
+    k: Float32[Tensor, "batch key head d_head"],
+    v: Float32[Tensor, "batch key head d_head"],
+) -> Float32[Tensor, "batch query head d_head"]:
+    """mix(softmax(attention_scores(q, k)), v), a block of queries at a time."""
+    _require_length(k.shape[1], "attention")
+    queries, factor = _scaled_query(q, "attention")
+    keys, values = as_rows(_per_head(k), "attention: k"), as_rows(_per_head(v).mT, "attention: v")
+    out = torch.empty(queries.values.shape[0], q.shape[1], v.shape[-1], device=q.device)
+    for groups, block in tiles(out.shape[0], q.shape[1], k.shape[1], q.device):
+        a, b = queries.part(groups, block), keys.part(groups, slice(None))
+        pattern, peaks = _pattern(a, b, factor)
+        # Probabilities sum to 1 within rounding, so their squares sum to less than the largest of them.
+        norms = peaks.mul_(1.01).pow_(0.5)
+        certified(Rows(pattern, norms), values.part(groups, slice(None)), out[groups, block])
+    if out.numel():
+        require_representable(out, 2.0 * float(values.norms.amax()), "attention")
+    return out.reshape(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2)
+
+
+def _pattern(a: Rows, b: Rows, factor: float) -> tuple[Tensor, Tensor]:
+    """softmax of the scores of a block, as float64 that float32 can hold, and about each row's largest."""
+    reach = float(a.norms.amax()) * float(b.norms.amax()) * factor if a.norms.numel() else 0.0
+    fused = fused_for(a.values.device)
+    if fused is not None and reach < 2.0**127:
+        product, unit = raw_product(a, b)
+        if factor != 1.0:
+            product.mul_(factor)
+        peaks = fused.attend(product, a.values, b.values, a.norms * (unit * factor), b.norms, factor)
+        if peaks is not None:
+            return product, peaks
+    pattern = elementwise.softmax(_products(a, b, "attention", factor)).double()
+    return pattern, pattern.amax(-1)
+
+
+@exact_operation
+def rotary_tables(
+    inv_freq: Float32[Tensor, " half"], n_positions: int
+) -> tuple[Float32[Tensor, "pos half"], Float32[Tensor, "pos half"]]:
+    """cos and sin of position times inverse frequency, correctly rounded."""
+    cos, sin = tables.rotary_tables(inv_freq.detach().cpu().numpy(), n_positions)
+    return torch.from_numpy(cos.copy()).to(inv_freq.device), torch.from_numpy(sin.copy()).to(inv_freq.device)
+
+
+@exact_operation
+def rotate(
+    x: Float32[Tensor, "batch pos head d_head"],
+    cos: Float32[Tensor, "pos half"],
+    sin: Float32[Tensor, "pos half"],
+) -> Float32[Tensor, "batch pos head d_head"]:
+    """Rotary embedding in the split-half convention, each output rounded once from float64."""
+    return _checked((fused_for(x.device) or elementwise).rotate(x, cos, sin), "rotate: the result")
+
+
+@exact_operation
+def time_features(sigma: Shaped[Tensor, " batch"], width: int) -> Float[Tensor, "batch width"]:
+    """Cosines, then sines, of sigma times 10000^(-k / half), correctly rounded."""
+    require_finite(sigma, "time_features: sigma")
+    rows = [tables.time_features(value, width) for value in sigma.detach().cpu().tolist()]
+    return torch.tensor(rows, dtype=torch.float32, device=sigma.device).reshape(sigma.shape[0], -1)

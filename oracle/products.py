@@ -1,0 +1,171 @@
+"""The certified engine: correctly rounded float32 matrix products from one float64 product each.
+
+1. Float32 values multiply exactly in float64 (24 + 24 <= 53 bits), so a float64 matrix product errs only by
+   its additions: whatever their order, and with fused multiply-adds or not, by less than
+   n * 2^-53 * |a_i| |b_j| for n terms (standard error analysis and Cauchy-Schwarz).
+2. An output is decided if the float64 result, that bound subtracted and added, rounds to one float32 both
+   times: rounding is monotonic, so the exact sum rounds to the same.
+3. The rest, between one in a thousand and one in ten thousand, is computed by `repair`.
+
+Norms and bounds only choose what is repaired; no bit of a result depends on them. Sums longer than
+`CHUNK_TERMS` are made of products that are added one after another, which shrinks the bound.
+"""
+
+# Axes: group (independent products), row, col, term
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdlm_interp.shapes import Bool, Float32, Float64
+from oracle.errors import ExactError
+from oracle.paths import fused_for
+from oracle.repair import UNIT, dot_rows
+
+CHUNK_TERMS = 1024
+"""Terms of one float64 product; longer sums are cut into equal parts."""
+
+TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
+"""Outputs computed at a time (4 MiB of float64 on a CPU, so that they stay in cache)."""
+
+MARGIN = 1.0001
+"""Covers rounding in the norms themselves, which are sums in unknown order and a library's square root."""
+
+BOUND_SCALE = 1.0
+"""A factor on every error bound: 1, except in the test that shows a smaller one to be caught."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row vectors as float64, with their lengths: one side of a product."""
+
+    values: Float64[Tensor, "group row term"]
+    norms: Float64[Tensor, "group row"]
+
+    def part(self, groups: slice, rows: slice) -> Rows:
+        """A block of them."""
+        return Rows(self.values[groups, rows], self.norms[groups, rows])
+
+
+def as_rows(x: Tensor, what: str, factor: float = 1.0) -> Rows:
+    """Prepare [group, row, term] float32 values.
+
+    Args:
+        factor: A power of two to multiply by.
+    Raises:
+        ExactError: If a value is not finite.
+    """
+    values = x.detach().to(torch.float64, memory_format=torch.contiguous_format)
+    if factor != 1.0:
+        values = values * factor
+    norms = torch.linalg.vector_norm(values, dim=-1)
+    require_finite_norms(norms, what)
+    return Rows(values, norms)
+
+
+def require_finite_norms(norms: Tensor, what: str) -> None:
+    """Raise unless all are finite, which they are exactly if all the values were."""
+    if not bool(torch.isfinite(norms).all()):
+        row = int((~torch.isfinite(norms.flatten())).nonzero()[0])
+        raise ExactError(
+            f"{what} has values that are not finite (first in row {row}); exact arithmetic is defined for finite "
+            f"numbers only: look for the first hook point where they appear, or check the weights"
+        )
+
+
+def tiles(n_groups: int, n_rows: int, n_cols: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Blocks of whole groups, or of rows of one group, of a bounded number of outputs."""
+    limit = TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cpu"])
+    if n_rows * n_cols <= limit:
+        step = max(1, limit // max(1, n_rows * n_cols))
+        for group in range(0, n_groups, step):
+            yield slice(group, min(group + step, n_groups)), slice(0, n_rows)
+        return
+    step = max(1, limit // n_cols)
+    for group in range(n_groups):
+        for row in range(0, n_rows, step):
+            yield slice(group, group + 1), slice(row, min(row + step, n_rows))
+
+
+def raw_product(a: Rows, b: Rows) -> tuple[Float64[Tensor, "group row col"], float]:
+    """The float64 product a @ b.T, and the factor of the norms in the bound on its error.
+
+    n terms take n - 1 additions in any order, joining chunks one more each; adding a bias, scaling, and
+    forming product -+ bound round once each.
+    """
+    n_terms = a.values.shape[-1]
+    n_chunks = max(1, -(-n_terms // CHUNK_TERMS))
+    size = max(1, -(-n_terms // n_chunks))
+    columns = b.values.transpose(1, 2)
+    product = torch.bmm(a.values[..., :size], columns[:, :size])
+    for start in range(size, n_terms, size):
+        product.add_(torch.bmm(a.values[..., start : start + size], columns[:, start : start + size]))
+    return product, BOUND_SCALE * MARGIN * UNIT * (size + n_chunks + 4)
+
+
+def certified(
+    a: Rows,
+    b: Rows,
+    out: Float32[Tensor, "group row col"],
+    bias: Float64[Tensor, " col"] | None = None,
+    factor: float = 1.0,
+) -> None:
+    """Write factor * (a @ b.T + bias), correctly rounded, to out.
+
+    Args:
+        factor: Any positive float64; other than 1 it is part of the single rounding.
+    """
+    product, unit = raw_product(a, b)
+    if bias is not None:
+        product.add_(bias)
+    if factor != 1.0:
+        product.mul_(factor)
+    row_bound = a.norms * (unit * factor)
+    col_bound = None if bias is None else bias.abs() * (8 * UNIT * MARGIN * factor)
+    fused = fused_for(product.device)
+    if fused is not None:
+        undecided = fused.certify(product, a.values, b.values, row_bound, b.norms, col_bound, bias, factor, out)
+    else:
+        undecided = _decide(product, row_bound, b.norms, col_bound, out).nonzero()
+    if undecided.shape[0]:
+        group, row, col = undecided.unbind(1)
+        out[group, row, col] = dot_pairs(a, b, group, row, col, bias, factor)
+
+
+def _decide(
+    product: Tensor, row_bound: Tensor, col_norms: Tensor, col_bound: Tensor | None, out: Tensor
+) -> Bool[Tensor, "group row col"]:
+    """Round what is decided to out; True where it is not."""
+    error = row_bound[:, :, None] * col_norms[:, None, :]
+    if col_bound is not None:
+        error += col_bound
+    low = (product - error).float()
+    torch.add(product, error, out=error)
+    out.copy_(error)
+    undecided = low != out
+    out.add_(0.0)  # -0 becomes +0
+    return undecided
+
+
+def dot_pairs(
+    a: Rows, b: Rows, group: Tensor, row: Tensor, col: Tensor, bias: Tensor | None, factor: float
+) -> Float32[Tensor, " pair"]:
+    """The outputs at some places, by `repair`; a few at a time, as each gathers two rows."""
+    step = max(1, (1 << 20) // max(1, a.values.shape[-1]))
+    pieces = []
+    for start in range(0, group.shape[0], step):
+        g, i, j = (index[start : start + step] for index in (group, row, col))
+        pieces.append(dot_rows(a.values[g, i], b.values[g, j], None if bias is None else bias[j], factor))
+    return torch.cat(pieces)
+
+
+def require_representable(out: Tensor, bound: float, what: str) -> None:
+    """Raise if a result went beyond float32, which is looked for only where the bound leaves it possible."""
+    if bound < 2.0**127:
+        return
+    if not bool(torch.isfinite(out).all()):
+        raise ExactError(f"{what}: a result is beyond float32's range (about 3.4e38); the inputs have diverged")

@@ -1,0 +1,133 @@
+"""Whether this machine keeps the rules that exact results rest on; asked at first use, refused if not.
+
+Checked: round to nearest with subnormals kept (a library compiled with fast-math may have switched that off),
+conversion to float32 with ties to even, correctly rounded division, float64 matrix products that are exact
+where they can be and within their bound elsewhere, and no setting that replaces them by emulation.
+TF32 and reduced-precision settings do not matter: no float32 matrix product is ever made.
+"""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdlm_interp.randomness import random_bits, uniforms
+from oracle import products
+from oracle.errors import UntrustedMachineError
+from oracle.rounding import BINARY64, round_ratio
+
+EMULATION_VARIABLES = ("CUBLAS_EMULATE_DOUBLE_PRECISION", "CUBLAS_EMULATION_STRATEGY")
+"""Settings under which cuBLAS may compute float64 products from fewer digits."""
+
+_STREAM = "oracle:selftest"
+_trusted: set[torch.device] = set()
+_TINY = torch.tensor(2.0**-149)
+_HALF_NORMAL = torch.tensor(2.0**-126)
+
+
+def require_trusted(device: torch.device) -> None:
+    """Run the self-test once for each device; a cheap part of it each time.
+
+    Raises:
+        UntrustedMachineError: If a rule is broken.
+    """
+    if device.type == "cpu" and not bool((_HALF_NORMAL * 0.5 > 0) & (_TINY + _TINY > _TINY)):
+        raise UntrustedMachineError(
+            "this thread flushes subnormal numbers to zero; call torch.set_flush_denormal(False), or find the "
+            "library compiled with -ffast-math that switched it on"
+        )
+    if device not in _trusted:
+        failures = check(device)
+        if failures:
+            raise UntrustedMachineError(
+                f"exact results cannot be trusted on {device}: {'; '.join(failures)}. Run on another device, and "
+                f"please report this machine"
+            )
+        _trusted.add(device)
+
+
+def check(device: torch.device) -> list[str]:
+    """What is wrong on a device; empty if nothing is."""
+    if device.type not in ("cpu", "cuda"):
+        return [f"{device.type} has no float64 arithmetic that was examined"]
+    if device.type == "cuda":
+        set_ones = [name for name in EMULATION_VARIABLES if os.environ.get(name, "0") not in ("", "0")]
+        if set_ones:
+            return [f"the environment variable {set_ones[0]} lets float64 products be emulated; unset it"]
+    failures = []
+    for what, test in (
+        ("rounding is not to nearest with ties to even and subnormals kept", _rounding_is_ieee),
+        ("float64 division is not correctly rounded", _division_is_correct),
+        ("a float64 matrix product of integers is not exact", _integer_products_are_exact),
+        ("a float64 matrix product is not within its error bound", _products_are_within_bound),
+    ):
+        if not test(device):
+            failures.append(what)
+    return failures
+
+
+def _rounding_is_ieee(device: torch.device) -> bool:
+    # Long enough that every vector lane and worker thread takes part.
+    def same(given: Tensor, expected: float) -> bool:
+        return bool((given == expected).all())
+
+    n = 1 << 17
+    ones = torch.ones(n, dtype=torch.float64, device=device)
+    singles = ones.float()
+    return (
+        same(singles * 2.0**-126 * 0.5, 2.0**-127)
+        and same((ones * (3 * 2.0**-150)).float(), 2.0**-148)
+        and same((singles * 2.0**-149).double(), 2.0**-149)
+        and same((ones * (1 + 2.0**-24)).float(), 1.0)
+        and same((ones * (1 + 3 * 2.0**-24)).float(), 1 + 2.0**-22)
+        and same(ones + 2.0**-53, 1.0)
+        and same(ones + 3 * 2.0**-53, 1 + 2.0**-51)
+        and same(ones * 2.0**-1022 * 0.5, 2.0**-1023)
+        and same((-ones * 2.0**-200).float() + 0.0, 0.0)
+    )
+
+
+def _division_is_correct(device: torch.device) -> bool:
+    draws = uniforms(0, _STREAM, 0, 512) + 0.5
+    a, b = draws[:256].tolist(), draws[256:].tolist()
+    tensors = (torch.tensor(v, dtype=torch.float64, device=device) for v in (a, b))
+    found = torch.div(*tensors).tolist()
+    exact = [Fraction(x) / Fraction(y) for x, y in zip(a, b, strict=True)]
+    return found == [round_ratio(q.numerator, q.denominator, BINARY64) for q in exact]
+
+
+def _wide_integers(index: int, shape: tuple[int, int], bits: int) -> Tensor:
+    """Integers of up to so many bits, of all sizes and both signs."""
+    words = random_bits(0, _STREAM, index, shape[0] * shape[1])
+    sizes = (words & np.uint64(63)) % np.uint64(bits) + np.uint64(64 - bits)
+    values = ((words >> np.uint64(8)) << np.uint64(8) >> sizes).astype(np.int64)
+    return torch.from_numpy(np.where(words & np.uint64(64), values, -values).reshape(shape))
+
+
+def _integer_products_are_exact(device: torch.device) -> bool:
+    # 24 + 24 bits and 32 terms: every partial sum is below 2^53, so any order of additions is exact.
+    for index, (rows, cols) in enumerate(((1, 64), (3, 17), (130, 65)), start=1):
+        a, b = _wide_integers(2 * index, (rows, 32), 24), _wide_integers(2 * index + 1, (cols, 32), 24)
+        expected = (a[:, None] * b[None]).sum(-1)
+        found = a.double().to(device) @ b.double().to(device).T
+        if not torch.equal(found.to(torch.int64).cpu(), expected):
+            return False
+    return True
+
+
+def _products_are_within_bound(device: torch.device) -> bool:
+    n = 1500
+    a, b = (torch.from_numpy(uniforms(0, _STREAM, index, 8 * n)).float().reshape(1, 8, n) - 0.5 for index in (8, 9))
+    rows, cols = (products.as_rows(x.to(device), "self-test") for x in (a, b))
+    found, unit = products.raw_product(rows, cols)
+    bound = (rows.norms[0, :, None] * cols.norms[0, None, :] * unit).cpu().tolist()
+    for i in range(8):
+        for j in range(8):
+            exact = sum(Fraction(x) * Fraction(y) for x, y in zip(a[0, i].tolist(), b[0, j].tolist(), strict=True))
+            if abs(Fraction(float(found[0, i, j])) - exact) > Fraction(bound[i][j]):
+                return False
+    return True
