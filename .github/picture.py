@@ -72,7 +72,7 @@ def draw_layers(axes: Axes, report: dict) -> None:
         axes.bar(places, explained, width=0.36, color=colour, label=f"{stratum} positions")
     axes.set(xlabel="layer", ylabel="variance explained", ylim=(0, 1), title="What its transcoder explains")
     axes.set_xticks(range(len(explained)))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="lower center", fontsize=8, framealpha=0.95)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 

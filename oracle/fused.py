@@ -20,6 +20,9 @@ from oracle import kernels
 from oracle.threads import over_rows
 
 _EMPTY = np.zeros(0)
+NORM_MARGIN = 1.01
+"""Covers what rounding did to norms."""
+
 LEFT_OVER = 64
 """Places for outputs that even the compiled repair leaves to Python integers, for each thread."""
 
@@ -39,6 +42,7 @@ def certify(
     col_bound: Tensor | None,
     bias: Tensor | None,
     factor: float,
+    row_norms: Tensor,
     out: Tensor,
 ) -> Int64[Tensor, "undecided three"]:
     """See `products.certified`: rounds, repairs, and returns the places (group, row, col) it could not decide."""
@@ -46,14 +50,15 @@ def certify(
     arrays = [_flat(x) for x in (product, a, b, row_bound, col_norms)]
     bounds = _EMPTY if col_bound is None else _flat(col_bound)
     biases = _EMPTY if bias is None else _flat(bias)
+    sizes = _flat((row_norms * NORM_MARGIN).contiguous())
     groups, rows = product.shape[:2]
 
     def run(start: int, stop: int) -> NDArray[np.int64]:
         places = np.empty((LEFT_OVER, 3), np.int64)
-        found = kernels.certify(*arrays, bounds, biases, factor, _flat(target), start, stop, places)
+        found = kernels.certify(*arrays, bounds, biases, factor, sizes, _flat(target), start, stop, places)
         if found > LEFT_OVER:  # start again with room for all of them
             places = np.empty((found, 3), np.int64)
-            kernels.certify(*arrays, bounds, biases, factor, _flat(target), start, stop, places)
+            kernels.certify(*arrays, bounds, biases, factor, sizes, _flat(target), start, stop, places)
         return places[:found]
 
     undecided = np.concatenate(over_rows(run, groups * rows, product.numel()))
@@ -63,7 +68,13 @@ def certify(
 
 
 def attend(
-    product: Tensor, a: Tensor, b: Tensor, row_bound: Tensor, col_norms: Tensor, factor: float
+    product: Tensor,
+    a: Tensor,
+    b: Tensor,
+    row_bound: Tensor,
+    col_norms: Tensor,
+    factor: float,
+    row_norms: Tensor,
 ) -> Tensor | None:
     """Round the scores in place of their float64 product and replace each row by its softmax, as float64.
 
@@ -72,10 +83,11 @@ def attend(
     """
     arrays = [_flat(x) for x in (product, a, b, row_bound, col_norms)]
     groups, rows, cols = product.shape
+    sizes = _flat((row_norms * NORM_MARGIN).contiguous())
     peaks = torch.empty(groups, rows, dtype=torch.float64)
 
     def run(start: int, stop: int) -> int:
-        return int(kernels.attend(*arrays, factor, np.empty(cols, np.float32), start, stop, _flat(peaks)))
+        return int(kernels.attend(*arrays, factor, sizes, np.empty(cols, np.float32), start, stop, _flat(peaks)))
 
     return None if sum(over_rows(run, groups * rows, product.numel())) else peaks
 

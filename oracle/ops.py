@@ -237,7 +237,7 @@ def _pattern(a: Rows, b: Rows, factor: float) -> tuple[Tensor, Tensor]:
         product, unit = raw_product(a, b)
         if factor != 1.0:
             product.mul_(factor)
-        peaks = fused.attend(product, a.values, b.values, a.norms * (unit * factor), b.norms, factor)
+        peaks = fused.attend(product, a.values, b.values, a.norms * (unit * factor), b.norms, factor, a.norms)
         if peaks is not None:
             return product, peaks
     pattern = elementwise.softmax(_products(a, b, "attention", factor)).double()

@@ -29,8 +29,8 @@ from oracle.repair import UNIT, dot_rows
 CHUNK_TERMS = 1024
 """Terms of one float64 product; longer sums are cut into equal parts."""
 
-TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
-"""Outputs computed at a time (4 MiB of float64 on a CPU, so that they stay in cache)."""
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Outputs computed at a time (8 MiB of float64 on a CPU)."""
 
 MARGIN = 1.0001
 """Covers rounding in the norms themselves, which are sums in unknown order and a library's square root."""
@@ -128,7 +128,9 @@ def certified(
     col_bound = None if bias is None else bias.abs() * (8 * UNIT * MARGIN * factor)
     fused = fused_for(product.device)
     if fused is not None:
-        undecided = fused.certify(product, a.values, b.values, row_bound, b.norms, col_bound, bias, factor, out)
+        undecided = fused.certify(
+            product, a.values, b.values, row_bound, b.norms, col_bound, bias, factor, a.norms, out
+        )
     else:
         undecided = _decide(product, row_bound, b.norms, col_bound, out).nonzero()
     if undecided.shape[0]:

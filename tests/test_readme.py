@@ -61,5 +61,7 @@ def test_every_command_that_the_readme_shows_exists():
 
 
 def test_pictures_and_paths_exist():
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT) + re.findall(r"`((?:configs|mdlm_interp)/[\w./]*)`", TEXT):
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT) + re.findall(
+        r"`((?:configs|mdlm_interp)/[\w./]*)`", TEXT
+    ):
         assert (ROOT / path).exists(), path

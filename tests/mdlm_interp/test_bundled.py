@@ -65,7 +65,9 @@ def test_its_best_word_for_a_gap_is_one_that_a_reader_would_choose(model, tokeni
 
 def test_it_beats_the_count_models_on_text_it_has_not_seen(model, tokenizer):
     """Its recorded held-out figures, and here a unigram that was even fitted to the evaluated text itself."""
-    nats = json.loads((bundled_directory() / "training.json").read_text("utf-8"))["held_out"]["nats_per_token"]
+    nats = json.loads((bundled_directory() / "training.json").read_text("utf-8"))["held_out"][
+        "nats_per_token"
+    ]
     assert nats["model"] < nats["bigram"] < nats["unigram"]
     blocks = [b.ids for b in token_blocks(read_documents([DEMO_TEXT]), tokenizer, 128, wrap=False)]
     x_0 = torch.from_numpy(np.stack(blocks))
