@@ -78,7 +78,7 @@ class HookPoint:
         return tensor, replaced
 
     def _observe(self, listener: _Listener, tensor: Tensor) -> None:
-        # Inference tensors have no version counter: there a forbidden write goes unnoticed, for want of a copy.
+        # Inference tensors have no version counter: there a forbidden write goes unnoticed.
         versioned = not tensor.is_inference()
         before = tensor._version if versioned else 0
         if listener.function(tensor, self) is not None:
@@ -176,7 +176,7 @@ def _full_name(key: str | tuple[str, int]) -> str:
     return key if isinstance(key, str) else f"blocks.{key[1]}.{key[0]}"
 
 
-class _NotCached(HookError, KeyError):
+class _NotCachedError(HookError, KeyError):
     """A KeyError too, which `get` and other methods of a mapping rely on."""
 
     __str__ = Exception.__str__  # KeyError's own would quote the message
@@ -194,7 +194,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         name = _full_name(key)
         if name not in self._tensors:
-            raise _NotCached(f"the cache holds no {name!r}{nearest(name, self._tensors)}")
+            raise _NotCachedError(f"the cache holds no {name!r}{nearest(name, self._tensors)}")
         return self._tensors[name]
 
     def __contains__(self, key: object) -> bool:

@@ -164,7 +164,7 @@ def hooked_layer_norm(
 def _with_gradient(
     scale: Float[Tensor, "batch pos 1"], x: Float[Tensor, "batch pos d"]
 ) -> Float[Tensor, "batch pos 1"]:
-    """The same bits with the gradient of 1 / sqrt(variance + eps); a fused kernel's scale comes without one."""
+    """The same bits, with the gradient that a fused kernel leaves out: that of 1 / sqrt(variance + eps)."""
     same = (x.var(-1, correction=0, keepdim=True) + LAYER_NORM_EPS).rsqrt()
     return scale.detach() + (same - same.detach())
 

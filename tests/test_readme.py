@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory of its own, with the text file that the README's commands read."""
     monkeypatch.chdir(tmp_path)
     demo = (ROOT / "mdlm_interp" / "assets" / "demo.txt").read_text("utf-8")

@@ -97,8 +97,8 @@ class Trainer:
         loss = self._loss(x_0, x_t, t)
         if not bool(loss.isfinite()):
             raise CheckpointError(
-                f"the loss of step {number} is {float(loss.detach())}; lower lr or raise warmup_steps and continue "
-                f"from the last checkpoint (batch {number} of seed {config.seed})"
+                f"the loss of step {number} is {float(loss.detach())}; lower lr or raise warmup_steps "
+                f"and continue from the last checkpoint (batch {number} of seed {config.seed})"
             )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

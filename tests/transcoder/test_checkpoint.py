@@ -128,7 +128,7 @@ def other_model_directory(model_directory, tmp_path):
     """The same model but for one weight, moved by 1 %."""
     model = HookedMDLM.from_pretrained(model_directory)
     with torch.no_grad():
-        model.backbone.blocks[0].mlp["2"].weight.mul_(1.01)
+        dict(model.named_parameters())["backbone.blocks.0.mlp.2.weight"].mul_(1.01)
     model.save_pretrained(tmp_path / "other")
     shutil.copy(model_directory / "tokenizer.json", tmp_path / "other")
     return tmp_path / "other"
