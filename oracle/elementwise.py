@@ -27,7 +27,7 @@ from oracle.recipes import (
     NEWTON_STEPS,
     RINT,
     RSQRT_SEED,
-    SOFTMAX_QUANTUM,
+    SOFTMAX_BITS,
 )
 
 PIECE_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 24}
@@ -95,10 +95,10 @@ def softmax(scores: Float32[Tensor, "*rows cols"]) -> Float32[Tensor, "*rows col
     for i in range(0, source.shape[0], step):
         row = source[i : i + step]
         numerators = exp_(row.double().sub_(row.amax(-1, keepdim=True).double()))
-        counts = (numerators * SOFTMAX_QUANTUM).add_(RINT).sub_(RINT)
+        counts = (numerators * 2.0**SOFTMAX_BITS).add_(RINT).sub_(RINT)
         if counts.shape[1] > EXACT_FLOAT_TERMS:
             counts = counts.to(torch.int64)
-        total = counts.sum(-1, keepdim=True).double().mul_(1.0 / SOFTMAX_QUANTUM)
+        total = counts.sum(-1, keepdim=True).double().mul_(2.0**-SOFTMAX_BITS)
         out[i : i + step] = numerators.mul_(torch.ones_like(total) / total)
     return out.add_(0.0).reshape(scores.shape)
 
@@ -138,6 +138,16 @@ def layer_norm(
             scales[i : i + step] = rsqrt(mean(centred * centred).add_(EPS))
         out[i : i + step] = centred.mul_(scales[i : i + step].double()).mul_(weights)
     return out.add_(0.0).reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
+
+
+def add(a: Tensor, b: Tensor) -> Float32[Tensor, "..."]:
+    """a + b, rounded once."""
+    return (a + b).add_(0.0)
+
+
+def mul(a: Tensor, b: Tensor) -> Float32[Tensor, "..."]:
+    """a * b, rounded once."""
+    return (a * b).add_(0.0)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Float32[Tensor, "..."]:

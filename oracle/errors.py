@@ -15,3 +15,7 @@ class UntrustedMachineError(ExactError):
 
 class GoldenError(MdlmError):
     """A golden file that cannot be read, or that describes another model."""
+
+
+class NotFiniteError(ExactError):
+    """A result that is not finite, before it is said where."""

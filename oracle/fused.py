@@ -2,12 +2,13 @@
 
 numba compiles these without its fast-math flags, so every operation rounds on its own and nothing is fused or
 reordered; reductions that could be vectorised only by reordering are integer sums and integer maxima, which
-any order leaves the same. Rows are shared out to threads that numba's compiled code runs without Python's
-lock. Only imported when numba is there; `elementwise.py`, `repair.py` and `products.py` are the plain path.
+any order leaves the same. Rows are shared out to threads that run the compiled code without Python's lock.
+Only imported when numba is there; `elementwise.py`, `repair.py` and `products.py` are the plain path.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mdlm_interp.shapes import Int64
 from oracle import kernels
+from oracle.errors import NotFiniteError
 from oracle.threads import over_rows
 
 _EMPTY = np.zeros(0)
@@ -26,11 +28,27 @@ NORM_MARGIN = 1.01
 LEFT_OVER = 64
 """Places for outputs that even the compiled repair leaves to Python integers, for each thread."""
 
+INFINITY_BITS = 0x7F800000
 
-def _flat(x: Tensor) -> NDArray[Any]:
+
+def _array(x: Tensor) -> NDArray[Any]:
     """The tensor's memory as a numpy array."""
     array: NDArray[Any] = x.detach().numpy()
     return array
+
+
+def _memory(x: Tensor) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Flat memory of [group, row, term], stored by rows or by terms, and the three strides."""
+    groups, rows, terms = x.shape
+    if not x.is_contiguous() and x.mT.is_contiguous():
+        return _array(x.mT.reshape(-1)), np.array([rows * terms, 1, rows])
+    return _array(x.contiguous().reshape(-1)), np.array([rows * terms, terms, 1])
+
+
+def _window(x: Tensor) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Flat memory that spans [group, row, col] with adjacent columns, and the strides of groups and rows."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return _array(x.as_strided((span if x.numel() else 0,), (1,))), np.array(x.stride()[:2])
 
 
 def certify(
@@ -46,25 +64,29 @@ def certify(
     out: Tensor,
 ) -> Int64[Tensor, "undecided three"]:
     """See `products.certified`: rounds, repairs, and returns the places (group, row, col) it could not decide."""
-    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    arrays = [_flat(x) for x in (product, a, b, row_bound, col_norms)]
-    bounds = _EMPTY if col_bound is None else _flat(col_bound)
-    biases = _EMPTY if bias is None else _flat(bias)
-    sizes = _flat((row_norms * NORM_MARGIN).contiguous())
-    groups, rows = product.shape[:2]
+    given = (
+        _array(product),
+        _array(a),
+        *_memory(b),
+        *(_array(x.contiguous()) for x in (row_bound, col_norms)),
+        _EMPTY if col_bound is None else _array(col_bound),
+        _EMPTY if bias is None else _array(bias),
+        factor,
+        _array((row_norms * NORM_MARGIN).contiguous()),
+        *_window(out),
+    )
 
     def run(start: int, stop: int) -> NDArray[np.int64]:
         places = np.empty((LEFT_OVER, 3), np.int64)
-        found = kernels.certify(*arrays, bounds, biases, factor, sizes, _flat(target), start, stop, places)
+        found = kernels.certify(*given, start, stop, places)
         if found > LEFT_OVER:  # start again with room for all of them
             places = np.empty((found, 3), np.int64)
-            kernels.certify(*arrays, bounds, biases, factor, sizes, _flat(target), start, stop, places)
+            kernels.certify(*given, start, stop, places)
         return places[:found]
 
-    undecided = np.concatenate(over_rows(run, groups * rows, product.numel()))
-    if target is not out:
-        out.copy_(target)
-    return torch.from_numpy(undecided)
+    return torch.from_numpy(
+        np.concatenate(over_rows(run, product.shape[0] * product.shape[1], product.numel()))
+    )
 
 
 def attend(
@@ -81,13 +103,19 @@ def attend(
     Returns each row's largest probability before rounding; None if some score could not be decided: then
     nothing in `product` is of use.
     """
-    arrays = [_flat(x) for x in (product, a, b, row_bound, col_norms)]
+    given = (
+        _array(product),
+        _array(a),
+        *_memory(b),
+        *(_array(x.contiguous()) for x in (row_bound, col_norms)),
+        factor,
+        _array((row_norms * NORM_MARGIN).contiguous()),
+    )
     groups, rows, cols = product.shape
-    sizes = _flat((row_norms * NORM_MARGIN).contiguous())
     peaks = torch.empty(groups, rows, dtype=torch.float64)
 
     def run(start: int, stop: int) -> int:
-        return int(kernels.attend(*arrays, factor, sizes, np.empty(cols, np.float32), start, stop, _flat(peaks)))
+        return int(kernels.attend(*given, np.empty(cols, np.float32), start, stop, _array(peaks)))
 
     return None if sum(over_rows(run, groups * rows, product.numel())) else peaks
 
@@ -98,19 +126,34 @@ def softmax(scores: Tensor) -> Tensor:
     out = torch.empty_like(source)
 
     def run(start: int, stop: int) -> None:
-        kernels.softmax(_flat(source), np.empty(source.shape[1]), start, stop, _flat(out))
+        kernels.softmax(_array(source), np.empty(source.shape[1]), start, stop, _array(out))
 
     over_rows(run, source.shape[0], source.numel())
     return out.reshape(scores.shape)
 
 
-def logistic(x: Tensor, gelu: bool) -> Tensor:
-    """See `elementwise.gelu_tanh` and `elementwise.silu`."""
+def _logistic(x: Tensor, kernel: Callable[..., None]) -> Tensor:
     source = x.detach().contiguous().reshape(-1)
     out = torch.empty_like(source)
-    kernel = kernels.gelu_tanh if gelu else kernels.silu
-    over_rows(lambda i, j: kernel(_flat(source), i, j, _flat(out)), source.numel(), source.numel())
+    over_rows(lambda i, j: kernel(_array(source), i, j, _array(out)), source.numel(), source.numel())
     return out.reshape(x.shape)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """See `elementwise.gelu_tanh`."""
+    return _logistic(x, kernels.gelu_tanh)
+
+
+def silu(x: Tensor) -> Tensor:
+    """See `elementwise.silu`."""
+    return _logistic(x, kernels.silu)
+
+
+def _finite(out: Tensor, largest: list[int]) -> Tensor:
+    """The result, if the bits of its largest magnitude in each thread's part are those of a finite number."""
+    if max(largest, default=0) >= INFINITY_BITS:
+        raise NotFiniteError
+    return out
 
 
 def layer_norm(x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -119,39 +162,47 @@ def layer_norm(x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor,
     out = torch.empty_like(source)
     given = scale is not None
     scales = torch.empty(source.shape[0]) if scale is None else scale.detach().reshape(-1).contiguous()
-    weights = _flat(weight.detach().contiguous())
+    weights = _array(weight.detach().contiguous())
 
-    def run(start: int, stop: int) -> None:
+    def run(start: int, stop: int) -> int:
         work = np.empty(source.shape[1])
-        kernels.layer_norm(_flat(source), weights, _flat(scales), given, work, start, stop, _flat(out))
+        arguments = _array(source), weights, _array(scales), given, work
+        return int(kernels.layer_norm(*arguments, start, stop, _array(out)))
 
-    over_rows(run, source.shape[0], source.numel())
+    _finite(out, over_rows(run, source.shape[0], source.numel()))
     return out.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """See `elementwise.add`; equal shapes."""
+    given = tuple(_array(t.detach().contiguous().reshape(-1)) for t in (a, b))
+    out = torch.empty(a.shape)
+    flat = _array(out.reshape(-1))
+    return _finite(out, over_rows(lambda i, j: int(kernels.add(*given, i, j, flat)), a.numel(), a.numel()))
+
+
+def mul(x: Tensor, factor: Tensor) -> Tensor:
+    """See `elementwise.mul`; factor [batch, 1, d] for x [batch, pos, d]."""
+    return _by_position(kernels.gate, x, factor)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """See `elementwise.modulate`; shift and scale [batch, 1, d] for x [batch, pos, d]."""
+    return _by_position(kernels.modulate, x, shift, scale)
+
+
+def _by_position(kernel: Callable[..., int], x: Tensor, *per_sequence: Tensor) -> Tensor:
     source = x.detach().contiguous()
+    given = (_array(source), *(_array(t.detach().contiguous()) for t in per_sequence))
     out = torch.empty_like(source)
-    shifts, scales = (_flat(t.detach().contiguous()) for t in (shift, scale))
-
-    def run(start: int, stop: int) -> None:
-        kernels.modulate(_flat(source), shifts, scales, start, stop, _flat(out))
-
-    over_rows(run, source.shape[0] * source.shape[1], source.numel())
-    return out
+    target, rows = _array(out), x.shape[0] * x.shape[1]
+    return _finite(out, over_rows(lambda i, j: int(kernel(*given, i, j, target)), rows, x.numel()))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `elementwise.rotate`."""
-    source = x.detach()
-    if source.stride(-1) != 1:
-        source = source.contiguous()
-    out = torch.empty_like(source, memory_format=torch.contiguous_format)
-    tables = _flat(cos.contiguous()), _flat(sin.contiguous())
-
-    def run(start: int, stop: int) -> None:
-        kernels.rotate(_flat(source), *tables, start, stop, _flat(out))
-
-    over_rows(run, source.shape[0] * source.shape[1], source.numel())
-    return out
+    source = x.detach().contiguous()
+    given = _array(source), _array(cos.detach().contiguous()), _array(sin.detach().contiguous())
+    out = torch.empty_like(source)
+    target, rows = _array(out), x.shape[0] * x.shape[1]
+    return _finite(out, over_rows(lambda i, j: int(kernels.rotate(*given, i, j, target)), rows, x.numel()))

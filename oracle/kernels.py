@@ -28,16 +28,18 @@ from oracle.recipes import (
     NEWTON_STEPS,
     RINT,
     RSQRT_SEED,
-    SOFTMAX_QUANTUM,
+    SOFTMAX_BITS,
 )
 
 C1, C2, C3, C4, C5, C6, C7, C8, C9 = EXP_COEFFICIENTS[1:]
 RINT_BITS = np.int64(np.array(RINT).view(np.int64))
 SEED = np.int64(RSQRT_SEED)
+ONE = np.int64(1023)
 LANES = 8
 SEGMENT = 128
 """Columns that are looked at again if one of them is undecided."""
 SIGN = np.int32(0x7FFFFFFF)
+MAGNITUDE = np.int64(0x7FFFFFFFFFFFFFFF)
 
 
 def compiled(**options):
@@ -73,7 +75,8 @@ bits_single = _bitcast(types.int32, types.float32, ir.FloatType())
 
 @compiled(inline="always")
 @no_type_check
-def _exp(x):
+def _exp(x, bias):
+    """SPEC 2.1, times 2^(bias - 1023): both powers of two go into the exponent at once."""
     x = EXP_MIN if x < EXP_MIN else x
     x = EXP_MAX if x > EXP_MAX else x
     t = x * LOG2E
@@ -90,7 +93,7 @@ def _exp(x):
     p = p * f + C1
     p = p * f + 1.0
     # The low bits of `shifted` are k; they become the exponent of 2^k.
-    return p * bits_float((float_bits(shifted) + np.int64(1023)) << np.int64(52))
+    return p * bits_float((float_bits(shifted) + bias) << np.int64(52))
 
 
 @compiled(inline="always")
@@ -103,17 +106,17 @@ def _single(x):
 @compiled()
 @no_type_check
 def gelu_tanh(x, start, stop, out):
-    for i in range(start, stop):
+    for i in range(np.uint64(start), np.uint64(stop)):
         v = np.float64(x[i])
-        out[i] = _single(v / (1.0 + _exp(v * ((v * v) * GELU_CUBE + GELU_LINE))))
+        out[i] = _single(v / (1.0 + _exp(v * ((v * v) * GELU_CUBE + GELU_LINE), ONE)))
 
 
 @compiled()
 @no_type_check
 def silu(x, start, stop, out):
-    for i in range(start, stop):
+    for i in range(np.uint64(start), np.uint64(stop)):
         v = np.float64(x[i])
-        out[i] = _single(v / (1.0 + _exp(-v)))
+        out[i] = _single(v / (1.0 + _exp(-v, ONE)))
 
 
 @compiled(inline="always")
@@ -129,14 +132,16 @@ def _row_max(scores):
 @compiled(inline="always")
 @no_type_check
 def _numerators(scores, work):
-    """exp(score - max) to work; returns the factor that makes them probabilities."""
+    """exp(score - max) * 2^42 to work; returns the factor that makes them probabilities, and the largest."""
     highest = _row_max(scores)
     total = np.int64(0)
     for j in range(scores.size):
-        e = _exp(np.float64(scores[j]) - highest)
+        e = _exp(np.float64(scores[j]) - highest, np.int64(1023 + SOFTMAX_BITS))
         work[j] = e
-        total += float_bits(e * SOFTMAX_QUANTUM + RINT) - RINT_BITS
-    return 1.0 / (np.float64(total) * (1.0 / SOFTMAX_QUANTUM))
+        total += float_bits(e + RINT)
+    total -= np.int64(scores.size) * RINT_BITS
+    r = 1.0 / (np.float64(total) * 2.0**-SOFTMAX_BITS)
+    return r * 2.0**-SOFTMAX_BITS, r
 
 
 @compiled()
@@ -144,26 +149,24 @@ def _numerators(scores, work):
 def softmax(scores, work, start, stop, out):
     for i in range(start, stop):
         row = out[i]
-        r = _numerators(scores[i], work)
+        r, _ = _numerators(scores[i], work)
         for j in range(work.size):
             row[j] = _single(work[j] * r)
 
 
 @compiled(inline="always")
 @no_type_check
-def _mean(values):
-    """SPEC 2.2, of a row of float64."""
-    top = np.int64(0)
-    for j in range(values.size):
-        top = max(top, float_bits(values[j]) & np.int64(0x7FFFFFFFFFFFFFFF))
+def _mean(values, top):
+    """SPEC 2.2, of a row of float64 whose largest magnitude has the bits `top`."""
     if top == 0:
         return 0.0
     exponent = (top >> np.int64(52)) - np.int64(1022)
-    up = bits_float((np.int64(MEAN_BITS) - exponent + np.int64(1023)) << np.int64(52))
-    down = bits_float((exponent - np.int64(MEAN_BITS) + np.int64(1023)) << np.int64(52))
+    up = bits_float((np.int64(MEAN_BITS) - exponent + ONE) << np.int64(52))
+    down = bits_float((exponent - np.int64(MEAN_BITS) + ONE) << np.int64(52))
     total = np.int64(0)
     for j in range(values.size):
-        total += float_bits(values[j] * up + RINT) - RINT_BITS
+        total += float_bits(values[j] * up + RINT)
+    total -= np.int64(values.size) * RINT_BITS
     return (np.float64(total) * (1.0 / np.float64(values.size))) * down
 
 
@@ -181,38 +184,80 @@ def _rsqrt(v):
 @no_type_check
 def layer_norm(x, weight, scale, given, work, start, stop, out):
     squares = np.empty(work.size)
+    worst = np.int64(0)
     for i in range(start, stop):
         row, target = x[i], out[i]
+        top = np.int64(0)
         for j in range(work.size):
-            work[j] = np.float64(row[j])
-        mean = _mean(work)
+            v = np.float64(row[j])
+            work[j] = v
+            top = max(top, float_bits(v) & MAGNITUDE)
+        mean = _mean(work, top)
+        top = np.int64(0)
         for j in range(work.size):
-            work[j] = work[j] - mean
+            v = work[j] - mean
+            work[j] = v
+            v = v * v
+            squares[j] = v
+            top = max(top, float_bits(v))
         if not given:
-            for j in range(work.size):
-                squares[j] = work[j] * work[j]
-            scale[i] = _single(_rsqrt(_mean(squares) + EPS))
+            scale[i] = _single(_rsqrt(_mean(squares, top) + EPS))
         s = np.float64(scale[i])
         for j in range(work.size):
-            target[j] = _single((work[j] * s) * np.float64(weight[j]))
+            v = _single((work[j] * s) * np.float64(weight[j]))
+            target[j] = v
+            worst = max(worst, single_bits(v) & SIGN)
+    return worst
+
+
+@compiled()
+@no_type_check
+def add(a, b, start, stop, out):
+    worst = np.int64(0)
+    for i in range(np.uint64(start), np.uint64(stop)):
+        v = (a[i] + b[i]) + np.float32(0.0)
+        out[i] = v
+        worst = max(worst, single_bits(v) & SIGN)
+    return worst
+
+
+@compiled()
+@no_type_check
+def gate(x, factor, start, stop, out):
+    """x [batch, pos, d] times factor [batch, 1, d]."""
+    n_positions = x.shape[1]
+    worst = np.int64(0)
+    for i in range(start, stop):
+        batch, position = i // n_positions, i % n_positions
+        row, target, g = x[batch, position], out[batch, position], factor[batch, 0]
+        for j in range(row.size):
+            v = (row[j] * g[j]) + np.float32(0.0)
+            target[j] = v
+            worst = max(worst, single_bits(v) & SIGN)
+    return worst
 
 
 @compiled()
 @no_type_check
 def modulate(x, shift, scale, start, stop, out):
     n_positions = x.shape[1]
+    worst = np.int64(0)
     for i in range(start, stop):
         batch, position = i // n_positions, i % n_positions
         row, target = x[batch, position], out[batch, position]
         b, m = shift[batch, 0], scale[batch, 0]
         for j in range(row.size):
-            target[j] = _single(np.float64(row[j]) * (1.0 + np.float64(m[j])) + np.float64(b[j]))
+            v = _single(np.float64(row[j]) * (1.0 + np.float64(m[j])) + np.float64(b[j]))
+            target[j] = v
+            worst = max(worst, single_bits(v) & SIGN)
+    return worst
 
 
 @compiled()
 @no_type_check
 def rotate(x, cos, sin, start, stop, out):
     n_positions, n_heads, half = x.shape[1], x.shape[2], x.shape[3] // 2
+    worst = np.int64(0)
     for i in range(start, stop):
         batch, position = i // n_positions, i % n_positions
         c, s = cos[position], sin[position]
@@ -221,8 +266,11 @@ def rotate(x, cos, sin, start, stop, out):
             for j in range(half):
                 a, b = np.float64(row[j]), np.float64(row[half + j])
                 u, v = np.float64(c[j]), np.float64(s[j])
-                target[j] = _single(a * u - b * v)
-                target[half + j] = _single(a * v + b * u)
+                first, second = _single(a * u - b * v), _single(a * v + b * u)
+                target[j] = first
+                target[half + j] = second
+                worst = max(worst, single_bits(first) & SIGN, single_bits(second) & SIGN)
+    return worst
 
 
 @compiled(inline="always")
@@ -350,33 +398,48 @@ def exact_dot(a, b, bias, factor, size, sums, errors):
 
 @compiled()
 @no_type_check
-def certify(product, a, b, row_bound, col_norms, col_bound, bias, factor, sizes, out, start, stop, places):
-    """products.certified for rows start ... stop - 1 of all groups; the number of places left undecided."""
+def _gather(memory, first, stride, column):
+    for k in range(column.size):
+        column[k] = memory[first + k * stride]
+
+
+@compiled()
+@no_type_check
+def certify(
+    product, a, b, strides, row_bound, col_norms, col_bound, bias, factor, sizes, out, steps, start, stop, places
+):
+    """products.certified for rows start ... stop - 1 of all groups; the number of places left undecided.
+
+    b and out are flat memory with their strides given; a row of b is gathered where one is needed.
+    """
     n_rows, n_cols = product.shape[1], product.shape[2]
-    sums, errors = np.empty(a.shape[2] + 4 * LANES + 1), np.empty(a.shape[2] + 1)
+    n_terms = a.shape[2]
+    sums, errors, column = np.empty(n_terms + 4 * LANES + 1), np.empty(n_terms + 1), np.empty(n_terms)
     found = 0
     for i in range(start, stop):
         group, row = i // n_rows, i % n_rows
-        values, norms, target = product[group, row], col_norms[group], out[group, row]
+        values, norms = product[group, row], col_norms[group]
+        first = group * steps[0] + row * steps[1]
+        target = out[first : first + n_cols]
         bound = row_bound[group, row]
         for left in range(0, n_cols, SEGMENT):
             right = min(left + SEGMENT, n_cols)
             differ = np.int32(0)
             if col_bound.size:
-                for j in range(left, right):
+                for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
                     error = bound * norms[j] + col_bound[j]
                     low, high = np.float32(values[j] - error), np.float32(values[j] + error)
                     differ |= single_bits(low) ^ single_bits(high)
                     target[j] = high + np.float32(0.0)
             else:
-                for j in range(left, right):
+                for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
                     error = bound * norms[j]
                     low, high = np.float32(values[j] - error), np.float32(values[j] + error)
                     differ |= single_bits(low) ^ single_bits(high)
                     target[j] = high + np.float32(0.0)
             if differ == 0:
                 continue
-            for j in range(left, right):
+            for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
                 error = bound * norms[j]
                 if col_bound.size:
                     error += col_bound[j]
@@ -384,7 +447,8 @@ def certify(product, a, b, row_bound, col_norms, col_bound, bias, factor, sizes,
                     continue
                 added = bias[j] if bias.size else 0.0
                 size = sizes[group, row] * norms[j] + abs(added)
-                value, certain = exact_dot(a[group, row], b[group, j], added, factor, size, sums, errors)
+                _gather(b, group * strides[0] + j * strides[1], strides[2], column)
+                value, certain = exact_dot(a[group, row], column, added, factor, size, sums, errors)
                 target[j] = value
                 if not certain:
                     if found < places.shape[0]:
@@ -395,13 +459,14 @@ def certify(product, a, b, row_bound, col_norms, col_bound, bias, factor, sizes,
 
 @compiled()
 @no_type_check
-def attend(product, a, b, row_bound, col_norms, factor, sizes, scores, start, stop, peaks):
+def attend(product, a, b, strides, row_bound, col_norms, factor, sizes, scores, start, stop, peaks):
     """Scores rounded and repaired, then their softmax over `product`, its largest value a row to `peaks`.
 
     Returns the number of undecided scores.
     """
     n_rows, n_cols = product.shape[1], product.shape[2]
-    sums, errors = np.empty(a.shape[2] + 4 * LANES + 1), np.empty(a.shape[2] + 1)
+    n_terms = a.shape[2]
+    sums, errors, column = np.empty(n_terms + 4 * LANES + 1), np.empty(n_terms + 1), np.empty(n_terms)
     found = 0
     for i in range(start, stop):
         group, row = i // n_rows, i % n_rows
@@ -410,23 +475,23 @@ def attend(product, a, b, row_bound, col_norms, factor, sizes, scores, start, st
         for left in range(0, n_cols, SEGMENT):
             right = min(left + SEGMENT, n_cols)
             differ = np.int32(0)
-            for j in range(left, right):
+            for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
                 error = bound * norms[j]
                 low, high = np.float32(values[j] - error), np.float32(values[j] + error)
                 differ |= single_bits(low) ^ single_bits(high)
                 scores[j] = high + np.float32(0.0)
             if differ == 0:
                 continue
-            for j in range(left, right):
+            for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
                 error = bound * norms[j]
                 if np.float32(values[j] - error) != np.float32(values[j] + error):
                     size = sizes[group, row] * norms[j]
-                    value, certain = exact_dot(a[group, row], b[group, j], 0.0, factor, size, sums, errors)
+                    _gather(b, group * strides[0] + j * strides[1], strides[2], column)
+                    value, certain = exact_dot(a[group, row], column, 0.0, factor, size, sums, errors)
                     scores[j] = value
                     if not certain:
                         found += 1
-        r = _numerators(scores, values)
-        peaks[group, row] = r
+        r, peaks[group, row] = _numerators(scores, values)
         for j in range(n_cols):
             values[j] = np.float64(_single(values[j] * r))
     return found

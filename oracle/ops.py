@@ -22,10 +22,10 @@ from torch import Tensor
 
 from mdlm_interp.shapes import Float, Float32, Shaped
 from oracle import elementwise, tables
-from oracle.errors import ExactError
+from oracle.errors import ExactError, NotFiniteError
 from oracle.guard import exact_operation, require_finite
 from oracle.paths import fused_for
-from oracle.products import Rows, as_rows, certified, raw_product, require_representable, tiles
+from oracle.products import Rows, Workspace, as_columns, as_rows, certified, raw_product, require_representable, tile_elements, tiles
 from oracle.recipes import MAX_SUM_TERMS
 from oracle.weights import WeightCache
 
@@ -47,8 +47,14 @@ __all__ = [
     "time_features",
 ]
 
-WEIGHT_ELEMENTS_AT_ONCE = 1 << 21
-"""Weights converted to float64 at a time where they are not kept (16 MiB)."""
+WEIGHT_ELEMENTS_AT_ONCE = 1 << 22
+"""Weights converted to float64 at a time where they are not kept (32 MiB)."""
+
+LEAST_COLUMNS = 256
+"""Outputs of a linear map that are computed together however many rows there are."""
+
+ATTENTION_TILE = {"cpu": 1 << 20, "cuda": 1 << 25, "plain": 1 << 17}
+"""Scores held at a time; the plain path passes over them so often that they had better stay in cache."""
 
 _NOTHING_KEPT = WeightCache(0)
 
@@ -67,19 +73,22 @@ def linear(
         cache: Keeps float64 copies of weights between calls.
     """
     n_out, n_in = weight.shape
-    rows = as_rows(x.reshape(1, -1, n_in), "linear: x")
+    rows = as_rows(x.reshape(-1, n_in), "linear: x")
     n_rows = rows.values.shape[1]
     out = torch.empty(1, n_rows, n_out, device=x.device)
     if bias is not None:
         require_finite(bias, "linear: bias")
     biases = None if bias is None else bias.detach().double()
     largest = float(rows.norms.amax()) if n_rows else 0.0
-    step = max(1, WEIGHT_ELEMENTS_AT_ONCE // max(1, n_in))
+    work = Workspace(x.device)
+    # Whole columns of outputs, as even as can be: large products run best.
+    fit = max(1, min(WEIGHT_ELEMENTS_AT_ONCE // max(1, n_in), tile_elements(x.device) // max(1, n_rows)))
+    step = -(-n_out // max(1, -(-n_out // max(fit, LEAST_COLUMNS))))
     for start, columns in (cache or _NOTHING_KEPT).rows_of(weight, step, "linear: weight"):
         stop = start + columns.norms.shape[1]
         part = None if biases is None else biases[start:stop]
-        for _, block in tiles(1, n_rows, stop - start, x.device):
-            certified(rows.part(slice(0, 1), block), columns, out[:, block, start:stop], part)
+        for _, block in tiles(1, n_rows, stop - start, tile_elements(x.device)):
+            certified(rows.part(slice(0, 1), block), columns, out[:, block, start:stop], work, part)
         reach = largest * float(columns.norms.amax()) + (0.0 if part is None else float(part.abs().amax()))
         require_representable(out[..., start:stop], reach, "linear")
     return out.reshape(*x.shape[:-1], n_out)
@@ -91,16 +100,17 @@ def matmul(a: Float32[Tensor, "*batch m k"], b: Float32[Tensor, "*batch k n"]) -
     if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
         raise ExactError(f"matmul: shapes {list(a.shape)} and {list(b.shape)} do not fit [.., m, k] and [.., k, n]")
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    left = as_rows(a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:]), "matmul: a")
-    right = as_rows(b.mT.expand(*batch, *b.mT.shape[-2:]).reshape(-1, *b.mT.shape[-2:]), "matmul: b")
+    left = as_rows(a.expand(*batch, *a.shape[-2:]), "matmul: a")
+    right = as_columns(b.expand(*batch, *b.shape[-2:]), "matmul: b")
     return _products(left, right, "matmul").reshape(*batch, a.shape[-2], b.shape[-1])
 
 
 def _products(a: Rows, b: Rows, what: str, factor: float = 1.0) -> Float32[Tensor, "group row col"]:
     n_groups, n_rows, n_cols = a.values.shape[0], a.values.shape[1], b.values.shape[1]
     out = torch.empty(n_groups, n_rows, n_cols, device=a.values.device)
-    for groups, block in tiles(n_groups, n_rows, n_cols, out.device):
-        certified(a.part(groups, block), b.part(groups, slice(None)), out[groups, block], factor=factor)
+    work = Workspace(out.device)
+    for groups, block in tiles(n_groups, n_rows, n_cols, tile_elements(out.device)):
+        certified(a.part(groups, block), b.part(groups, slice(None)), out[groups, block], work, factor=factor)
     if out.numel():
         require_representable(out, float(a.norms.amax()) * float(b.norms.amax()) * factor, what)
     return out
@@ -109,29 +119,41 @@ def _products(a: Rows, b: Rows, what: str, factor: float = 1.0) -> Float32[Tenso
 @exact_operation
 def add(a: Tensor, b: Tensor) -> Float32[Tensor, "..."]:
     """Element-wise sum, rounded once; broadcasting."""
-    return _checked((a + b).add_(0.0), "add: the sum")
+    return _finite("add: the sum", "add", a.shape == b.shape, a, b)
 
 
 @exact_operation
 def mul(a: Tensor, b: Tensor) -> Float32[Tensor, "..."]:
     """Element-wise product, rounded once; broadcasting."""
-    return _checked((a * b).add_(0.0), "mul: the product")
-
-
-def _checked(out: Tensor, what: str) -> Tensor:
-    # A value that is not finite goes in or comes out exactly if one comes out here.
-    require_finite(out, what)
-    return out
+    if _one_a_sequence(b, a):
+        a, b = b, a
+    return _finite("mul: the product", "mul", _one_a_sequence(a, b), a, b)
 
 
 @exact_operation
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Float32[Tensor, "..."]:
     """adaLN: x * (1 + scale) + shift, in float64, rounded once to float32."""
-    fused = fused_for(x.device)
-    one_a_sequence = x.dim() == 3 and shift.shape == scale.shape == (x.shape[0], 1, x.shape[2])
-    if fused is not None and one_a_sequence:
-        return _checked(fused.modulate(x, shift, scale), "modulate: the result")
-    return _checked(elementwise.modulate(x, shift, scale), "modulate: the result")
+    regular = _one_a_sequence(x, shift) and _one_a_sequence(x, scale)
+    return _finite("modulate: the result", "modulate", regular, x, shift, scale)
+
+
+def _one_a_sequence(x: Tensor, other: Tensor) -> bool:
+    """Whether other is [batch, 1, d] for x [batch, pos, d]."""
+    return x.dim() == 3 and other.shape == (x.shape[0], 1, x.shape[2])
+
+
+def _finite(what: str, recipe: str, regular: bool, *tensors: Tensor) -> Tensor:
+    """A recipe's result, compiled if the shapes are regular; a value that is not finite cannot but show in it."""
+    fused = fused_for(tensors[0].device)
+    if fused is not None and regular:
+        try:
+            result: Tensor = getattr(fused, recipe)(*tensors)
+            return result
+        except NotFiniteError:
+            pass  # the plain path below says where
+    result = getattr(elementwise, recipe)(*tensors)
+    require_finite(result, what)
+    return result
 
 
 @exact_operation
@@ -140,9 +162,16 @@ def layer_norm(
 ) -> tuple[Float32[Tensor, "*rows d"], Float32[Tensor, "*rows 1"]]:
     """(x - mean) * scale * weight, and the scale: 1 / sqrt(biased variance + 1e-5) unless given."""
     _require_length(x.shape[-1], "layer_norm")
-    require_finite(x, "layer_norm: x")
-    normalized, used = (fused_for(x.device) or elementwise).layer_norm(x, weight, scale)
-    return _checked(normalized, "layer_norm: the result"), used
+    fused = fused_for(x.device)
+    if fused is not None:
+        try:
+            normalized, used = fused.layer_norm(x, weight, scale)
+            return normalized, used
+        except NotFiniteError:
+            pass  # the plain path below says where
+    normalized, used = elementwise.layer_norm(x, weight, scale)
+    require_finite(normalized, "layer_norm: the result")
+    return normalized, used
 
 
 def _require_length(n: int, what: str) -> None:
@@ -154,21 +183,19 @@ def _require_length(n: int, what: str) -> None:
 def gelu_tanh(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """GELU in its tanh form."""
     require_finite(x, "gelu_tanh: x")
-    fused = fused_for(x.device)
-    return elementwise.gelu_tanh(x) if fused is None else fused.logistic(x, gelu=True)
+    return (fused_for(x.device) or elementwise).gelu_tanh(x)  # type: ignore[no-any-return]
 
 
 @exact_operation
 def silu(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """x times the logistic function of x."""
     require_finite(x, "silu: x")
-    fused = fused_for(x.device)
-    return elementwise.silu(x) if fused is None else fused.logistic(x, gelu=False)
+    return (fused_for(x.device) or elementwise).silu(x)  # type: ignore[no-any-return]
 
 
 def _per_head(x: Tensor) -> Tensor:
-    """[batch, pos, head, d_head] as [batch * head, pos, d_head]."""
-    return x.detach().transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    """[batch, pos, head, d_head] as [batch, head, pos, d_head]."""
+    return x.transpose(1, 2)
 
 
 def _scaled_query(q: Tensor, what: str) -> tuple[Rows, float]:
@@ -202,8 +229,8 @@ def mix(
     pattern: Float32[Tensor, "batch head query key"], v: Float32[Tensor, "batch key head d_head"]
 ) -> Float32[Tensor, "batch query head d_head"]:
     """Values weighted by an attention pattern."""
-    weights = as_rows(pattern.reshape(-1, *pattern.shape[2:]), "mix: pattern")
-    mixed = _products(weights, as_rows(_per_head(v).mT, "mix: v"), "mix")
+    weights = as_rows(pattern, "mix: pattern")
+    mixed = _products(weights, as_columns(_per_head(v), "mix: v"), "mix")
     return mixed.reshape(*pattern.shape[:3], v.shape[-1]).transpose(1, 2)
 
 
@@ -216,25 +243,28 @@ def attention(
     """mix(softmax(attention_scores(q, k)), v), a block of queries at a time."""
     _require_length(k.shape[1], "attention")
     queries, factor = _scaled_query(q, "attention")
-    keys, values = as_rows(_per_head(k), "attention: k"), as_rows(_per_head(v).mT, "attention: v")
+    keys, values = as_rows(_per_head(k), "attention: k"), as_columns(_per_head(v), "attention: v")
     out = torch.empty(queries.values.shape[0], q.shape[1], v.shape[-1], device=q.device)
-    for groups, block in tiles(out.shape[0], q.shape[1], k.shape[1], q.device):
+    scores_work, mixed_work = Workspace(q.device), Workspace(q.device)
+    plain = q.device.type == "cpu" and fused_for(q.device) is None
+    limit = ATTENTION_TILE["plain" if plain else q.device.type]
+    for groups, block in tiles(out.shape[0], q.shape[1], k.shape[1], limit):
         a, b = queries.part(groups, block), keys.part(groups, slice(None))
-        pattern, peaks = _pattern(a, b, factor)
+        pattern, peaks = _pattern(a, b, factor, scores_work)
         # Probabilities sum to 1 within rounding, so their squares sum to less than the largest of them.
         norms = peaks.mul_(1.01).pow_(0.5)
-        certified(Rows(pattern, norms), values.part(groups, slice(None)), out[groups, block])
+        certified(Rows(pattern, norms), values.part(groups, slice(None)), out[groups, block], mixed_work)
     if out.numel():
         require_representable(out, 2.0 * float(values.norms.amax()), "attention")
     return out.reshape(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2)
 
 
-def _pattern(a: Rows, b: Rows, factor: float) -> tuple[Tensor, Tensor]:
+def _pattern(a: Rows, b: Rows, factor: float, work: Workspace) -> tuple[Tensor, Tensor]:
     """softmax of the scores of a block, as float64 that float32 can hold, and about each row's largest."""
     reach = float(a.norms.amax()) * float(b.norms.amax()) * factor if a.norms.numel() else 0.0
     fused = fused_for(a.values.device)
     if fused is not None and reach < 2.0**127:
-        product, unit = raw_product(a, b)
+        product, unit = raw_product(a, b, work)
         if factor != 1.0:
             product.mul_(factor)
         peaks = fused.attend(product, a.values, b.values, a.norms * (unit * factor), b.norms, factor, a.norms)
@@ -260,7 +290,7 @@ def rotate(
     sin: Float32[Tensor, "pos half"],
 ) -> Float32[Tensor, "batch pos head d_head"]:
     """Rotary embedding in the split-half convention, each output rounded once from float64."""
-    return _checked((fused_for(x.device) or elementwise).rotate(x, cos, sin), "rotate: the result")
+    return _finite("rotate: the result", "rotate", True, x, cos, sin)
 
 
 @exact_operation

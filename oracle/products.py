@@ -15,13 +15,14 @@ Norms and bounds only choose what is repaired; no bit of a result depends on the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mdlm_interp.shapes import Bool, Float32, Float64
+from mdlm_interp.shapes import Float32, Float64, Int64
 from oracle.errors import ExactError
 from oracle.paths import fused_for
 from oracle.repair import UNIT, dot_rows
@@ -29,8 +30,11 @@ from oracle.repair import UNIT, dot_rows
 CHUNK_TERMS = 1024
 """Terms of one float64 product; longer sums are cut into equal parts."""
 
-TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Outputs computed at a time (8 MiB of float64 on a CPU)."""
+TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
+"""Outputs computed at a time (16 MiB of float64 on a CPU)."""
+
+DECIDED_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 25}
+"""Outputs that the plain path rounds at a time."""
 
 MARGIN = 1.0001
 """Covers rounding in the norms themselves, which are sums in unknown order and a library's square root."""
@@ -51,20 +55,58 @@ class Rows:
         return Rows(self.values[groups, rows], self.norms[groups, rows])
 
 
-def as_rows(x: Tensor, what: str, factor: float = 1.0) -> Rows:
-    """Prepare [group, row, term] float32 values.
+class Workspace:
+    """Float64 buffers for tile after tile: fresh memory costs a page fault every few hundred numbers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.float64, device=device) for _ in range(2)]
+
+    def of_shape(self, *shape: int) -> Tensor:
+        """Uninitialised memory of this shape, valid until the next call."""
+        return self._buffer(0, shape)
+
+    def second_of_shape(self, *shape: int) -> Tensor:
+        """The same, from another buffer."""
+        return self._buffer(1, shape)
+
+    def _buffer(self, which: int, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape)
+        if self._buffers[which].numel() < size:
+            self._buffers[which] = torch.empty(size, dtype=torch.float64, device=self._buffers[which].device)
+        return self._buffers[which][:size].view(shape)
+
+
+def _as_float64(x: Tensor, work: Workspace | None = None) -> Float64[Tensor, "group row term"]:
+    """A contiguous copy, leading axes made one, in a single pass whatever the strides."""
+    work = work or Workspace(x.device)
+    values = work.of_shape(*x.shape)
+    values.copy_(x.detach())
+    return values.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+
+
+def as_rows(x: Tensor, what: str, factor: float = 1.0, work: Workspace | None = None) -> Rows:
+    """Prepare float32 values [..., row, term].
 
     Args:
         factor: A power of two to multiply by.
+        work: Where to keep the values, if they need not last.
     Raises:
         ExactError: If a value is not finite.
     """
-    values = x.detach().to(torch.float64, memory_format=torch.contiguous_format)
+    values = _as_float64(x, work)
     if factor != 1.0:
-        values = values * factor
+        values.mul_(factor)
     norms = torch.linalg.vector_norm(values, dim=-1)
     require_finite_norms(norms, what)
     return Rows(values, norms)
+
+
+def as_columns(x: Tensor, what: str) -> Rows:
+    """Prepare float32 values [..., term, row], which stay stored in that order; see `as_rows`."""
+    values = _as_float64(x)
+    norms = torch.linalg.vector_norm(values, dim=1)
+    require_finite_norms(norms, what)
+    return Rows(values.mT, norms)
 
 
 def require_finite_norms(norms: Tensor, what: str) -> None:
@@ -77,21 +119,26 @@ def require_finite_norms(norms: Tensor, what: str) -> None:
         )
 
 
-def tiles(n_groups: int, n_rows: int, n_cols: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Blocks of whole groups, or of rows of one group, of a bounded number of outputs."""
-    limit = TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cpu"])
+def tile_elements(device: torch.device) -> int:
+    """Outputs to compute at a time."""
+    return TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cpu"])
+
+
+def tiles(n_groups: int, n_rows: int, n_cols: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of whole groups, or of rows of one group, of at most `limit` outputs if a row has no more."""
     if n_rows * n_cols <= limit:
         step = max(1, limit // max(1, n_rows * n_cols))
         for group in range(0, n_groups, step):
             yield slice(group, min(group + step, n_groups)), slice(0, n_rows)
         return
     step = max(1, limit // n_cols)
+    step = -(-n_rows // -(-n_rows // step))  # as even as can be
     for group in range(n_groups):
         for row in range(0, n_rows, step):
             yield slice(group, group + 1), slice(row, min(row + step, n_rows))
 
 
-def raw_product(a: Rows, b: Rows) -> tuple[Float64[Tensor, "group row col"], float]:
+def raw_product(a: Rows, b: Rows, work: Workspace) -> tuple[Float64[Tensor, "group row col"], float]:
     """The float64 product a @ b.T, and the factor of the norms in the bound on its error.
 
     n terms take n - 1 additions in any order, joining chunks one more each; adding a bias, scaling, and
@@ -101,9 +148,11 @@ def raw_product(a: Rows, b: Rows) -> tuple[Float64[Tensor, "group row col"], flo
     n_chunks = max(1, -(-n_terms // CHUNK_TERMS))
     size = max(1, -(-n_terms // n_chunks))
     columns = b.values.transpose(1, 2)
-    product = torch.bmm(a.values[..., :size], columns[:, :size])
+    product = work.of_shape(a.values.shape[0], a.values.shape[1], b.values.shape[1])
+    torch.bmm(a.values[..., :size], columns[:, :size], out=product)
     for start in range(size, n_terms, size):
-        product.add_(torch.bmm(a.values[..., start : start + size], columns[:, start : start + size]))
+        chunk = slice(start, start + size)
+        product.add_(torch.bmm(a.values[..., chunk], columns[:, chunk], out=work.second_of_shape(*product.shape)))
     return product, BOUND_SCALE * MARGIN * UNIT * (size + n_chunks + 4)
 
 
@@ -111,6 +160,7 @@ def certified(
     a: Rows,
     b: Rows,
     out: Float32[Tensor, "group row col"],
+    work: Workspace,
     bias: Float64[Tensor, " col"] | None = None,
     factor: float = 1.0,
 ) -> None:
@@ -119,7 +169,7 @@ def certified(
     Args:
         factor: Any positive float64; other than 1 it is part of the single rounding.
     """
-    product, unit = raw_product(a, b)
+    product, unit = raw_product(a, b, work)
     if bias is not None:
         product.add_(bias)
     if factor != 1.0:
@@ -132,7 +182,7 @@ def certified(
             product, a.values, b.values, row_bound, b.norms, col_bound, bias, factor, a.norms, out
         )
     else:
-        undecided = _decide(product, row_bound, b.norms, col_bound, out).nonzero()
+        undecided = _decide(product, row_bound, b.norms, col_bound, out)
     if undecided.shape[0]:
         group, row, col = undecided.unbind(1)
         out[group, row, col] = dot_pairs(a, b, group, row, col, bias, factor)
@@ -140,17 +190,24 @@ def certified(
 
 def _decide(
     product: Tensor, row_bound: Tensor, col_norms: Tensor, col_bound: Tensor | None, out: Tensor
-) -> Bool[Tensor, "group row col"]:
-    """Round what is decided to out; True where it is not."""
-    error = row_bound[:, :, None] * col_norms[:, None, :]
-    if col_bound is not None:
-        error += col_bound
-    low = (product - error).float()
-    torch.add(product, error, out=error)
-    out.copy_(error)
-    undecided = low != out
-    out.add_(0.0)  # -0 becomes +0
-    return undecided
+) -> Int64[Tensor, "undecided three"]:
+    """Round what is decided to out; the places (group, row, col) of the rest. The product is used up."""
+    found = []
+    step = max(1, DECIDED_AT_ONCE.get(out.device.type, DECIDED_AT_ONCE["cpu"]) // max(1, product.shape[2]))
+    for group in range(product.shape[0]):
+        for start in range(0, product.shape[1], step):
+            rows = slice(start, start + step)
+            error = row_bound[group, rows, None] * col_norms[group]
+            if col_bound is not None:
+                error += col_bound
+            low = (product[group, rows] - error).float()
+            high = product[group, rows].add_(error).float()
+            places = (low != high).nonzero()
+            if places.shape[0]:
+                first = torch.tensor([group, start], device=out.device).expand(places.shape[0], 2)
+                found.append(torch.cat((first[:, :1], first[:, 1:] + places[:, :1], places[:, 1:]), 1))
+            out[group, rows] = high.add_(0.0)  # -0 becomes +0
+    return torch.cat(found) if found else torch.empty(0, 3, dtype=torch.int64, device=out.device)
 
 
 def dot_pairs(

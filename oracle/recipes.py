@@ -31,8 +31,8 @@ GELU_CUBE = float.fromhex("-0x1.2444f2a4d8b4bp-4")
 GELU_LINE = float.fromhex("-0x1.9884533d43651p+0")
 """-2 sqrt(2 / pi)."""
 
-SOFTMAX_QUANTUM = 2.0**42
-"""Numerators are counted in units of its inverse when they are summed."""
+SOFTMAX_BITS = 42
+"""A softmax's numerators are counted in units of 2^-42 when they are summed."""
 
 MEAN_BITS = 40
 """A mean's terms are counted in units of 2^-40 of the power of two above the largest."""

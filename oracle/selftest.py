@@ -121,13 +121,13 @@ def _integer_products_are_exact(device: torch.device) -> bool:
 
 def _products_are_within_bound(device: torch.device) -> bool:
     n = 1500
-    a, b = (torch.from_numpy(uniforms(0, _STREAM, index, 8 * n)).float().reshape(1, 8, n) - 0.5 for index in (8, 9))
+    a, b = (torch.from_numpy(uniforms(0, _STREAM, index, 8 * n)).float().reshape(8, n) - 0.5 for index in (8, 9))
     rows, cols = (products.as_rows(x.to(device), "self-test") for x in (a, b))
-    found, unit = products.raw_product(rows, cols)
+    found, unit = products.raw_product(rows, cols, products.Workspace(device))
     bound = (rows.norms[0, :, None] * cols.norms[0, None, :] * unit).cpu().tolist()
     for i in range(8):
         for j in range(8):
-            exact = sum(Fraction(x) * Fraction(y) for x, y in zip(a[0, i].tolist(), b[0, j].tolist(), strict=True))
+            exact = sum(Fraction(x) * Fraction(y) for x, y in zip(a[i].tolist(), b[j].tolist(), strict=True))
             if abs(Fraction(float(found[0, i, j])) - exact) > Fraction(bound[i][j]):
                 return False
     return True

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mdlm_interp.randomness import random_bits
 from mdlm_interp.shapes import Float32
-from oracle.products import Rows, as_rows
+from oracle.products import Rows, Workspace, as_rows
 
 DEFAULT_BUDGET_BYTES = 512 << 20
-"""Room for float64 copies: a fifth more than the twelve blocks of the published model would half need."""
+"""Room for float64 copies: all of a small model, two thirds of the published model's blocks."""
 
 _WORDS_AT_ONCE = 1 << 15
 _multipliers: dict[torch.device, Tensor] = {}
@@ -69,13 +69,17 @@ class WeightCache:
     def rows_of(
         self, weight: Float32[Tensor, "d_out d_in"], step: int, what: str
     ) -> Iterator[tuple[int, Rows]]:
-        """The weight's rows as float64, `step` at a time, each with the number of its first row."""
+        """The weight's rows as float64, `step` at a time, each with the number of its first row.
+
+        What is yielded is valid until the next is asked for.
+        """
         kept = self._kept(weight, what) if self.budget_bytes else None
+        work = Workspace(weight.device)
         for start in range(0, weight.shape[0], step):
             if kept is not None:
                 yield start, kept.part(slice(None), slice(start, start + step))
             else:
-                yield start, as_rows(weight[None, start : start + step], what)
+                yield start, as_rows(weight[start : start + step], what, work=work)
 
     def _kept(self, weight: Tensor, what: str) -> Rows | None:
         if not weight.is_contiguous():
@@ -89,7 +93,7 @@ class WeightCache:
         size = 8 * weight.numel()
         if self.used_bytes + size > self.budget_bytes:
             return None
-        rows = as_rows(weight[None], what)
+        rows = as_rows(weight, what)
         entries = self._entries
         forget = weakref.ref(weight, lambda _: entries.pop(key, None))
         self._entries[key] = _Entry(forget, checksum(weight), rows, size)

@@ -43,11 +43,8 @@ PARTIAL = ".partial"
 def save_clt(clt: CrossLayerTranscoder, directory: str | Path) -> None:
     """Write config.json and clt.safetensors; never over an existing transcoder."""
     directory = Path(directory)
-    for name in (CONFIG, WEIGHTS):
-        if (directory / name).exists():
-            raise OutputExistsError(
-                f"{directory / name} exists; save to another directory or remove it first"
-            )
+    if (directory / CONFIG).exists():
+        raise OutputExistsError(f"{directory / CONFIG} exists; save to another directory or remove it first")
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / WEIGHTS, clt.state_dict())
     stored = {

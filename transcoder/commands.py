@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mdlm_interp.config_args import parse_args
 from mdlm_interp.errors import ConfigError, OutputExistsError
-from transcoder.config import METRICS, CLTRunConfig
+from transcoder.config import METRICS, CLTRunConfig, torch_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,10 @@ def evaluate(argv: Sequence[str]) -> int:
     out = config.out or config.clt / "eval"
     if (out / REPORT).exists():
         raise OutputExistsError(f"{out / REPORT} exists; choose another --out")
+    device = torch_device(config.device)
     store = open_store(config.store)
-    clt = load_clt(config.clt, config.model, device=config.device)
-    model = HookedMDLM.from_pretrained(config.model, device=config.device)
+    clt = load_clt(config.clt, config.model, device=device)
+    model = HookedMDLM.from_pretrained(config.model, device=device)
     evaluation = run(
         model, clt, store, max_sequences=config.max_sequences, batch_size=config.batch_size, progress=True
     )

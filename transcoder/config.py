@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mdlm_interp.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 LAYER_FIELD = "{layer}"
 METRICS = "metrics.jsonl"
@@ -59,6 +63,23 @@ def hook_names(template: str, n_layers: int) -> tuple[str, ...]:
     ('blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out')
     """
     return tuple(template.replace(LAYER_FIELD, str(layer)) for layer in range(n_layers))
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: If there is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be cpu, cuda or the like, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but torch finds no CUDA device; use cpu")
+    return device
 
 
 @dataclass(frozen=True, kw_only=True)

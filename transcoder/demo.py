@@ -4,7 +4,7 @@
 2. Capture what each MLP reads and writes over the packaged text.
 3. Train a small cross-layer transcoder on it.
 4. Put the transcoder in place of the MLPs and measure what that costs.
-5. Find the feature that one filled word depends on most, and ablate it.
+5. Find the feature that matters most to one filled word, and ablate it.
 6. Save the report and the plots.
 """
 
@@ -146,7 +146,7 @@ def _run(work: Workspace) -> tuple[Evaluation, PredictionEffects, list[Path]]:
     with _step(4, "put it in place of the MLPs"):
         evaluation = evaluate(work.model, clt, open_store(work.store), progress=True)
         print("\n".join([*layer_table(evaluation), *summary(evaluation)]))
-    with _step(5, "find the feature that one word depends on most, and ablate it"):
+    with _step(5, "find the feature that matters most to one word, and ablate it"):
         effects = _examine(work, clt)
     with _step(6, "save the report and plots"):
         about = {"transcoder": str(work.clt), "model": work.config.model, "store": str(work.store)}
@@ -181,7 +181,7 @@ def _train(work: Workspace) -> CrossLayerTranscoder:
         out=work.clt,
         n_features=work.config.n_features,
         k=work.config.k,
-        held_out_fraction=0.2,  # a larger part of a small text, to measure on more than a handful of sequences
+        held_out_fraction=0.2,  # of a small text, so that there is more than a handful to measure on
         train=settings,
     )
     clt = train(run, progress=True)

@@ -18,12 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mdlm_interp.model import HookedMDLM
 from mdlm_interp.randomness import uniforms
 from mdlm_interp.shapes import Float, Float64
 from transcoder.activations import topk
@@ -71,6 +73,29 @@ class CrossLayerTranscoder(nn.Module):
             self.register_buffer(f"{prefix}_scale", norm.scale.to(torch.float32))
         if self.W_enc.device.type != "meta":
             initialise(self, seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        model: HookedMDLM | str | Path | None = None,
+        device: str | torch.device = "cpu",
+    ) -> CrossLayerTranscoder:
+        """Read a trained transcoder; see `checkpoint.load_clt`.
+
+        Args:
+            model: The model it will be used with, or its source: an error if it was trained on another.
+        """
+        from transcoder.checkpoint import load_clt
+
+        return load_clt(directory, model, device=device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and clt.safetensors, never over others; see `checkpoint.save_clt`."""
+        from transcoder.checkpoint import save_clt
+
+        save_clt(self, directory)
 
     def pre_acts(self, x: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows feature"]:
         """What a layer's features are before the activation function."""

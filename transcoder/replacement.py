@@ -61,9 +61,16 @@ class ReplacementModel:
         check: Run the model on the transcoder's probe, to be sure that they belong together.
     Raises:
         CheckpointError: If the transcoder was trained on another model.
+        DataError: If the two differ in dtype or device, or the model would drop activations at random.
     """
 
     def __init__(self, model: HookedMDLM, clt: CrossLayerTranscoder, *, check: bool = True) -> None:
+        ours, theirs = (clt.b_dec.dtype, clt.b_dec.device), (model.dtype, model.device)
+        if ours != theirs:
+            raise DataError(
+                f"the transcoder is {ours[0]} on {ours[1]}, the model {theirs[0]} on {theirs[1]}; "
+                f"move one with .to(...)"
+            )
         if check:
             check_model(clt, model)
         self.model, self.clt = model, clt

@@ -226,6 +226,8 @@ def plot_nelbo(evaluation: Evaluation) -> Figure:
     )
     axes.set_xticks(np.arange(len(names)), names)
     axes.set_yscale("symlog", linthresh=0.1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * 1.5)  # the legend's place
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("MLP of layer")
     axes.set_ylabel("increase of the NELBO (nats per token)")

@@ -24,7 +24,7 @@ from transcoder.checkpoint import (
     read_tensors,
     save_clt,
 )
-from transcoder.config import METRICS, CLTRunConfig, TranscoderConfig
+from transcoder.config import METRICS, CLTRunConfig, TranscoderConfig, torch_device
 from transcoder.data import BatchLoader, RowOrder, RowStore, infer_shape, split_sequences, store_normalisation
 from transcoder.identity import make_probe
 from transcoder.model import CrossLayerTranscoder
@@ -68,6 +68,7 @@ def train(
 
 def prepare(config: CLTRunConfig, store: RowStore) -> Trainer:
     """A new run, or the one saved in config.out."""
+    device = torch_device(config.device)
     n_layers, d_model = infer_shape(store, config.input_hook, config.output_hook)
     shape = TranscoderConfig(
         n_layers=n_layers,
@@ -89,9 +90,9 @@ def prepare(config: CLTRunConfig, store: RowStore) -> Trainer:
             store_normalisation(store, shape.input_hooks),
             store_normalisation(store, shape.output_hooks),
         )
-        clt = CrossLayerTranscoder(shape, *norms, seed=config.train.seed).to(config.device)
+        clt = CrossLayerTranscoder(shape, *norms, seed=config.train.seed).to(device)
     else:
-        clt = load_clt(saved, device=config.device)
+        clt = load_clt(saved, device=device)
         _check_same_run(clt.provenance, provenance, saved)
         logger.info("continuing from %s", saved)
     clt.provenance = provenance

@@ -35,7 +35,7 @@ def random_model(vocab_size: int, seed: int = 1) -> HookedMDLM:
     """Three blocks of width 32; every parameter drawn, so that no gate is zero and no block the identity."""
     config = MDLMConfig(
         vocab_size=vocab_size,
-        model_length=32,
+        model_length=128,
         hidden_dim=D_MODEL,
         cond_dim=16,
         n_blocks=N_LAYERS,

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import CheckpointError, DataError, OutputExistsError
+from transcoder import CrossLayerTranscoder
 from transcoder.checkpoint import load_clt, save_clt
 from transcoder.identity import check_model
 from transcoder.replacement import ReplacementModel
@@ -112,12 +113,15 @@ def test_a_truncated_file_is_named(saved, name):
         load_clt(saved)
 
 
-def test_a_save_that_fails_half_way_leaves_no_transcoder(clt, tmp_path):
+def test_a_save_that_fails_half_way_leaves_no_transcoder_and_nothing_in_the_way(clt, tmp_path):
     clt.provenance = {"not": float("nan")}  # JSON has no nan
     with pytest.raises(ValueError, match="Out of range float values"):
         save_clt(clt, tmp_path)
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         load_clt(tmp_path)
+    clt.provenance = {}
+    clt.save_pretrained(tmp_path)
+    load_clt(tmp_path)
 
 
 # Whose model it is
@@ -137,9 +141,13 @@ def other_model_directory(model_directory, tmp_path):
 def test_its_own_model_is_accepted_by_source_and_in_memory(trained_directory, model_directory, model):
     load_clt(trained_directory, model_directory)
     load_clt(trained_directory, model)
-    ReplacementModel(
-        HookedMDLM.from_pretrained(model_directory, dtype=torch.float64), load_clt(trained_directory)
-    )
+    double = HookedMDLM.from_pretrained(model_directory, dtype=torch.float64)
+    ReplacementModel(double, CrossLayerTranscoder.from_pretrained(trained_directory, model=model).double())
+
+
+def test_a_transcoder_of_another_type_than_the_model_is_refused(trained, model):
+    with pytest.raises(DataError, match=r"is torch.float64 on cpu, the model torch.float32 on cpu; move one"):
+        ReplacementModel(model, trained.double())
 
 
 def test_another_models_source_is_refused_by_its_hash(trained_directory, other_model_directory, store):

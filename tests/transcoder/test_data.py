@@ -78,7 +78,12 @@ def test_a_batch_holds_the_stores_activations_of_its_rows(store):
 
 def test_a_store_that_fits_one_window_is_read_once(store, monkeypatch):
     calls = []
-    monkeypatch.setattr("transcoder.data.read_rows", lambda *args: calls.append(1) or read_rows(*args))
+
+    def counted(*args):
+        calls.append(args)
+        return read_rows(*args)
+
+    monkeypatch.setattr("transcoder.data.read_rows", counted)
     batches, _ = loader(store, window_chunks=100)
     for step in range(40):
         batches.batch(step)
@@ -91,6 +96,12 @@ def test_a_windows_rows_are_read_in_order(store):
     assert np.array_equal(rows, np.sort(rows))
     assert np.array_equal(np.sort(order), np.arange(len(rows)))
     assert len(rows) <= 2 * CHUNK_ROWS
+
+
+def test_every_epoch_puts_other_chunks_together(store):
+    order = loader(store, window_chunks=1)[0].order
+    firsts = {tuple(order.window_rows(epoch, 0)[0]) for epoch in range(8)}
+    assert len(firsts) == 3  # of three chunks, each comes first at times
 
 
 def test_the_shape_is_read_off_the_store(store):

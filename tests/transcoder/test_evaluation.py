@@ -50,7 +50,7 @@ def test_metrics_are_those_of_all_rows_together_whatever_the_batches(clt, rows, 
 
 def test_a_stratum_without_rows_is_nan(clt, rows):
     metrics = ReconstructionMetrics(clt)
-    metrics.update(*rows, torch.zeros(64, dtype=torch.bool))
+    metrics.update(rows[0], rows[1], torch.zeros(64, dtype=torch.bool))
     assert math.isnan(metrics.layers("masked")[0].fvu)
     assert metrics.layers("masked")[0].n_rows == 0
 

@@ -23,13 +23,13 @@ def reference(clt, x):
     for row in range(n_rows):
         for source in range(n_layers):
             h = w_enc[source] @ ((x[source, row] - in_mean[source]) * in_scale[source]) + b_enc[source]
-            for feature in sorted(range(len(h)), key=lambda index, h=h: -h[index])[: clt.config.k]:
+            for feature in np.argsort(-h, kind="stable")[: clt.config.k]:
                 acts[source, row, feature] = max(0.0, h[feature])
         for target in range(n_layers):
             total = b_dec[target].copy()
             for source in range(target + 1):
-                for feature in np.flatnonzero(acts[source, row]):
-                    total += acts[source, row, feature] * w_dec[source][feature, target - source]
+                for active in np.flatnonzero(acts[source, row]):
+                    total += acts[source, row, active] * w_dec[source][active, target - source]
             y[target, row] = total / out_scale[target] + out_mean[target]
     return torch.from_numpy(acts), torch.from_numpy(y)
 
