@@ -12,6 +12,7 @@ from capture.config import CaptureConfig
 from capture.manifest import MANIFEST
 from capture.reader import ActivationStore, open_store
 from mdlm_interp.config_args import parse_args
+from mdlm_interp.program import invocation
 
 FINGERPRINT_SHOWN = 16
 
@@ -42,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
     print(summary(store))
     print(f"took {seconds:.1f} s, {len(store) / seconds:,.0f} rows/s with loading")
     print(f"fingerprint {store.fingerprint()[:FINGERPRINT_SHOWN]}")
-    print(f"next: mdlm-interp capture info {store.path}")
+    print(f"next: {invocation()} capture info {store.path}")
     return 0
 
 

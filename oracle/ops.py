@@ -25,7 +25,17 @@ from oracle import elementwise, tables
 from oracle.errors import ExactError, NotFiniteError
 from oracle.guard import exact_operation, require_finite
 from oracle.paths import fused_for
-from oracle.products import Rows, Workspace, as_columns, as_rows, certified, raw_product, require_representable, tile_elements, tiles
+from oracle.products import (
+    Rows,
+    Workspace,
+    as_columns,
+    as_rows,
+    certified,
+    raw_product,
+    require_representable,
+    tile_elements,
+    tiles,
+)
 from oracle.recipes import MAX_SUM_TERMS
 from oracle.weights import WeightCache
 
@@ -53,8 +63,8 @@ WEIGHT_ELEMENTS_AT_ONCE = 1 << 22
 LEAST_COLUMNS = 256
 """Outputs of a linear map that are computed together however many rows there are."""
 
-ATTENTION_TILE = {"cpu": 1 << 20, "cuda": 1 << 25, "plain": 1 << 17}
-"""Scores held at a time; the plain path passes over them so often that they had better stay in cache."""
+ATTENTION_TILE = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Scores held at a time (8 MiB of float64 on a CPU)."""
 
 _NOTHING_KEPT = WeightCache(0)
 
@@ -246,8 +256,7 @@ def attention(
     keys, values = as_rows(_per_head(k), "attention: k"), as_columns(_per_head(v), "attention: v")
     out = torch.empty(queries.values.shape[0], q.shape[1], v.shape[-1], device=q.device)
     scores_work, mixed_work = Workspace(q.device), Workspace(q.device)
-    plain = q.device.type == "cpu" and fused_for(q.device) is None
-    limit = ATTENTION_TILE["plain" if plain else q.device.type]
+    limit = ATTENTION_TILE[q.device.type]
     for groups, block in tiles(out.shape[0], q.shape[1], k.shape[1], limit):
         a, b = queries.part(groups, block), keys.part(groups, slice(None))
         pattern, peaks = _pattern(a, b, factor, scores_work)

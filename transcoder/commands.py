@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mdlm_interp.config_args import parse_args
 from mdlm_interp.errors import ConfigError, OutputExistsError
+from mdlm_interp.program import invocation
 from transcoder.config import METRICS, CLTRunConfig, torch_device
 
 
@@ -59,7 +60,7 @@ def train(argv: Sequence[str]) -> int:
         f"after {last['step']} steps on {last['rows']:,} rows: FVU {last['fvu']:.3f}, "
         f"L0 {last['l0']:.1f} per layer, {last['dead']} dead features"
     )
-    print(f"next: mdlm-interp clt eval {config.out} {config.store} --model {_model_of(config.store)}")
+    print(f"next: {invocation()} clt eval {config.out} {config.store} --model {_model_of(config.store)}")
     return 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mdlm_interp.filling import FillResult
+from mdlm_interp.program import invocation
 from mdlm_interp.tokenizers import Tokenizer
 from transcoder.checkpoint import write_json
 from transcoder.effects import FeatureEffect, PredictionEffects
@@ -107,7 +108,7 @@ def next_commands(out: Path, model: str, sentence: str) -> list[str]:
             "600",
         ],
     ]
-    return [f"  mdlm-interp {shlex.join(command)}" for command in commands]
+    return [f"  {invocation()} {shlex.join(command)}" for command in commands]
 
 
 def save_effects(found: PredictionEffects, tokenizer: Tokenizer, directory: Path) -> list[Path]:
@@ -132,7 +133,7 @@ def save_effects(found: PredictionEffects, tokenizer: Tokenizer, directory: Path
     axes.set_xlabel("change of the log-odds (nats)")
     axes.set_ylabel("feature and position")
     axes.set_title(f"Ablating one feature: effect on {tokenizer.token(found.token)!r} at {found.position}")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(files[1], dpi=DOTS_PER_INCH)
     return files
 
