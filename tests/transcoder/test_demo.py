@@ -7,6 +7,7 @@ import pytest
 
 from mdlm_interp.__main__ import main
 from mdlm_interp.errors import OutputExistsError
+from mdlm_interp.program import invocation
 from transcoder.demo import make_directory
 
 
@@ -55,10 +56,10 @@ def test_the_commands_to_try_next_work(demo, monkeypatch, capsys):
     commands = [line.strip() for line in out.split("try next:")[1].splitlines() if line.strip()]
     assert len(commands) == 4
     for command in commands:
-        words = shlex.split(command)
-        assert words[0] == "mdlm-interp"
+        assert command.startswith(f"{invocation()} ")
+        words = shlex.split(command.removeprefix(invocation()))
         short = ["--train.steps", "2", "--n-features", "32"] if "train" in words else []
-        kept = words[1:]
+        kept = list(words)
         for option in short[::2]:
             at = kept.index(option)
             del kept[at : at + 2]
