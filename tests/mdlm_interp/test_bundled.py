@@ -51,16 +51,17 @@ def test_it_loads_without_any_network(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "word"),
     [
-        ("Once upon a time, there was a little [MASK] named Lily.", {" girl"}),
-        ("She was very [MASK] and said thank you.", {" happy", " excited", " proud"}),
-        ("The United [MASK] of America", {" States"}),
+        ("Once upon a time, there was a little [MASK] named Lily.", " girl"),
+        ("Once upon a time, there was a little [MASK] named Tim.", " boy"),
+        ("It was a sunny day. Lily wanted to [MASK] outside with her friends.", " play"),
+        ("The United [MASK] of America", " States"),
     ],
 )
-def test_its_best_word_for_a_gap_is_one_that_a_reader_would_choose(model, tokenizer, text, words):
+def test_its_best_word_for_a_gap_is_one_that_a_reader_would_choose(model, tokenizer, text, word):
     (prediction,) = fill_masks(model, tokenizer, text).masks
-    assert prediction.top[0][0] in words
+    assert prediction.top[0][0] == word
 
 
 def test_it_beats_the_count_models_on_text_it_has_not_seen(model, tokenizer):
