@@ -33,6 +33,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-lm": ("mdlm_interp.training.command:main", "train a masked diffusion language model"),
     "train-tokenizer": ("mdlm_interp.training.tokenizer:main", "train a byte-level BPE tokenizer"),
     "export-hf": ("mdlm_interp.commands:export_hf", "write a model that transformers loads"),
+    "oracle fingerprint": ("oracle.commands:fingerprint", "hash every intermediate of an exact forward pass"),
+    "oracle record": ("oracle.commands:record", "write what an exact pass gives here, for others to verify"),
+    "oracle verify": (
+        "oracle.commands:verify",
+        "recompute golden files on this machine: match, or what differs",
+    ),
     "capture run": ("capture.commands:run", "record activations over text into a Zarr store"),
     "capture info": ("capture.commands:info", "what a store holds"),
     "clt train": ("transcoder.commands:train", "train a cross-layer transcoder on a store"),

@@ -73,18 +73,24 @@ def _in_pieces(x: Tensor, recipe: Callable[[Tensor], Tensor]) -> Tensor:
     return out.add_(0.0).reshape(x.shape)
 
 
+def gelu_float64(x: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """x / (1 + exp(-2u)), before it is rounded to float32."""
+    return x / exp_((x * x).mul_(GELU_CUBE).add_(GELU_LINE).mul_(x)).add_(1.0)
+
+
+def silu_float64(x: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """x / (1 + exp(-x)), before it is rounded to float32."""
+    return x / exp_(-x).add_(1.0)
+
+
 def gelu_tanh(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
-    """GELU in its tanh form, as x / (1 + exp(-2u))."""
-
-    def recipe(v: Tensor) -> Tensor:
-        return v / exp_((v * v).mul_(GELU_CUBE).add_(GELU_LINE).mul_(v)).add_(1.0)
-
-    return _in_pieces(x, recipe)
+    """GELU in its tanh form."""
+    return _in_pieces(x, gelu_float64)
 
 
 def silu(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
-    """x / (1 + exp(-x))."""
-    return _in_pieces(x, lambda v: v / exp_(-v).add_(1.0))
+    """x times the logistic function of x."""
+    return _in_pieces(x, silu_float64)
 
 
 def softmax(scores: Float32[Tensor, "*rows cols"]) -> Float32[Tensor, "*rows cols"]:
@@ -123,7 +129,9 @@ def rsqrt(v: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
 
 
 def layer_norm(
-    x: Float32[Tensor, "*rows d"], weight: Float32[Tensor, " d"], scale: Float32[Tensor, "*rows 1"] | None = None
+    x: Float32[Tensor, "*rows d"],
+    weight: Float32[Tensor, " d"],
+    scale: Float32[Tensor, "*rows 1"] | None = None,
 ) -> tuple[Float32[Tensor, "*rows d"], Float32[Tensor, "*rows 1"]]:
     """(x - mean) * scale * weight, and the scale: 1 / sqrt(variance + 1e-5) unless given."""
     source = x.detach().reshape(-1, x.shape[-1])
@@ -157,7 +165,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Float32[Tensor, "..."]:
 
 
 def rotate(
-    x: Float32[Tensor, "batch pos head d_head"], cos: Float[Tensor, "pos half"], sin: Float[Tensor, "pos half"]
+    x: Float32[Tensor, "batch pos head d_head"],
+    cos: Float[Tensor, "pos half"],
+    sin: Float[Tensor, "pos half"],
 ) -> Float32[Tensor, "batch pos head d_head"]:
     """Split-half rotation in float64, rounded once to float32."""
     first, second = x.detach().double().chunk(2, dim=-1)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdlm_interp.shapes import Int64
-from oracle import kernels
+from oracle import kernels, product_kernels
 from oracle.errors import NotFiniteError
 from oracle.threads import over_rows
 
@@ -39,7 +39,7 @@ def _array(x: Tensor) -> NDArray[Any]:
 
 def _memory(x: Tensor) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Flat memory of [group, row, term], stored by rows or by terms, and the three strides."""
-    groups, rows, terms = x.shape
+    _, rows, terms = x.shape
     if not x.is_contiguous() and x.mT.is_contiguous():
         return _array(x.mT.reshape(-1)), np.array([rows * terms, 1, rows])
     return _array(x.contiguous().reshape(-1)), np.array([rows * terms, terms, 1])
@@ -78,10 +78,10 @@ def certify(
 
     def run(start: int, stop: int) -> NDArray[np.int64]:
         places = np.empty((LEFT_OVER, 3), np.int64)
-        found = kernels.certify(*given, start, stop, places)
+        found = product_kernels.certify(*given, start, stop, places)
         if found > LEFT_OVER:  # start again with room for all of them
             places = np.empty((found, 3), np.int64)
-            kernels.certify(*given, start, stop, places)
+            product_kernels.certify(*given, start, stop, places)
         return places[:found]
 
     return torch.from_numpy(
@@ -115,7 +115,7 @@ def attend(
     peaks = torch.empty(groups, rows, dtype=torch.float64)
 
     def run(start: int, stop: int) -> int:
-        return int(kernels.attend(*given, np.empty(cols, np.float32), start, stop, _array(peaks)))
+        return int(product_kernels.attend(*given, np.empty(cols, np.float32), start, stop, _array(peaks)))
 
     return None if sum(over_rows(run, groups * rows, product.numel())) else peaks
 

@@ -54,7 +54,7 @@ def exact_operation(function: Callable[P, R]) -> Callable[P, R]:
         if "torch._dynamo" not in sys.modules:
             return run(*args, **kwargs)
         if not hidden:
-            hidden.append(torch.compiler.disable(run))
+            hidden.append(torch.compiler.disable(run))  # type: ignore[no-untyped-call]
         return hidden[0](*args, **kwargs)
 
     return guarded

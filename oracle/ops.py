@@ -105,11 +105,15 @@ def linear(
 
 
 @exact_operation
-def matmul(a: Float32[Tensor, "*batch m k"], b: Float32[Tensor, "*batch k n"]) -> Float32[Tensor, "*batch m n"]:
+def matmul(
+    a: Float32[Tensor, "*#batch m k"], b: Float32[Tensor, "*#batch k n"]
+) -> Float32[Tensor, "*shape m n"]:
     """The matrix product, each element the exact sum rounded once; leading axes broadcast."""
     if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
-        raise ExactError(f"matmul: shapes {list(a.shape)} and {list(b.shape)} do not fit [.., m, k] and [.., k, n]")
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        raise ExactError(
+            f"matmul: shapes {list(a.shape)} and {list(b.shape)} do not fit [.., m, k] and [.., k, n]"
+        )
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     left = as_rows(a.expand(*batch, *a.shape[-2:]), "matmul: a")
     right = as_columns(b.expand(*batch, *b.shape[-2:]), "matmul: b")
     return _products(left, right, "matmul").reshape(*batch, a.shape[-2], b.shape[-1])
@@ -168,7 +172,9 @@ def _finite(what: str, recipe: str, regular: bool, *tensors: Tensor) -> Tensor:
 
 @exact_operation
 def layer_norm(
-    x: Float32[Tensor, "*rows d"], weight: Float32[Tensor, " d"], scale: Float32[Tensor, "*rows 1"] | None = None
+    x: Float32[Tensor, "*rows d"],
+    weight: Float32[Tensor, " d"],
+    scale: Float32[Tensor, "*rows 1"] | None = None,
 ) -> tuple[Float32[Tensor, "*rows d"], Float32[Tensor, "*rows 1"]]:
     """(x - mean) * scale * weight, and the scale: 1 / sqrt(biased variance + 1e-5) unless given."""
     _require_length(x.shape[-1], "layer_norm")
@@ -186,7 +192,9 @@ def layer_norm(
 
 def _require_length(n: int, what: str) -> None:
     if not 1 <= n <= MAX_SUM_TERMS:
-        raise ExactError(f"{what}: rows must have 1 to {MAX_SUM_TERMS} values for their sums to be exact, got {n}")
+        raise ExactError(
+            f"{what}: rows must have 1 to {MAX_SUM_TERMS} values for their sums to be exact, got {n}"
+        )
 
 
 @exact_operation

@@ -45,12 +45,16 @@ def fused_for(device: torch.device) -> ModuleType | None:
     """
     choice = os.environ.get(VARIABLE, "")
     if choice not in ("", "plain", "fused"):
-        raise ExactError(f"{VARIABLE} must be plain or fused, got {choice!r}; unset it to let the program choose")
+        raise ExactError(
+            f"{VARIABLE} must be plain or fused, got {choice!r}; unset it to let the program choose"
+        )
     if choice == "plain" or _plain.get() or device.type != "cpu":
         return None
     if not _numba_is_installed():
         if choice == "fused":
-            raise ExactError(f"{VARIABLE} is fused, but numba is not installed: pip install 'mdlm-interp[fast]'")
+            raise ExactError(
+                f"{VARIABLE} is fused, but numba is not installed: pip install 'mdlm-interp[fast]'"
+            )
         return None
     from oracle import fused
 

@@ -152,7 +152,9 @@ def raw_product(a: Rows, b: Rows, work: Workspace) -> tuple[Float64[Tensor, "gro
     torch.bmm(a.values[..., :size], columns[:, :size], out=product)
     for start in range(size, n_terms, size):
         chunk = slice(start, start + size)
-        product.add_(torch.bmm(a.values[..., chunk], columns[:, chunk], out=work.second_of_shape(*product.shape)))
+        product.add_(
+            torch.bmm(a.values[..., chunk], columns[:, chunk], out=work.second_of_shape(*product.shape))
+        )
     return product, BOUND_SCALE * MARGIN * UNIT * (size + n_chunks + 4)
 
 
@@ -227,4 +229,6 @@ def require_representable(out: Tensor, bound: float, what: str) -> None:
     if bound < 2.0**127:
         return
     if not bool(torch.isfinite(out).all()):
-        raise ExactError(f"{what}: a result is beyond float32's range (about 3.4e38); the inputs have diverged")
+        raise ExactError(
+            f"{what}: a result is beyond float32's range (about 3.4e38); the inputs have diverged"
+        )

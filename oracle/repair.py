@@ -52,7 +52,9 @@ def two_product(a: Tensor, b: float) -> tuple[Tensor, Tensor]:
     return p, ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
-def _tree(terms: Float64[Tensor, "pair term"]) -> tuple[Float64[Tensor, " pair"], Float64[Tensor, "pair error"]]:
+def _tree(
+    terms: Float64[Tensor, "pair term"],
+) -> tuple[Float64[Tensor, " pair"], Float64[Tensor, "pair error"]]:
     """Pairwise sum over the last axis, and the exact errors of all its additions."""
     errors = []
     while terms.shape[1] > 1:
@@ -131,7 +133,9 @@ def dot_of_integers(
     a: Float64[Tensor, " term"], b: Float64[Tensor, " term"], bias: float = 0.0, factor: float = 1.0
 ) -> float:
     """factor * (sum of a * b + bias) rounded once to float32, in Python integers."""
-    pairs = [(x.as_integer_ratio(), y.as_integer_ratio()) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    pairs = [
+        (x.as_integer_ratio(), y.as_integer_ratio()) for x, y in zip(a.tolist(), b.tolist(), strict=True)
+    ]
     pairs.append((bias.as_integer_ratio(), (1, 1)))
     denominator = max(x[1] * y[1] for x, y in pairs)  # all are powers of two
     total = sum(x[0] * y[0] * (denominator // (x[1] * y[1])) for x, y in pairs)

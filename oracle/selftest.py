@@ -18,15 +18,15 @@ from torch import Tensor
 from mdlm_interp.randomness import random_bits, uniforms
 from oracle import products
 from oracle.errors import UntrustedMachineError
+from oracle.paths import fused_for
 from oracle.rounding import BINARY64, round_ratio
 
 EMULATION_VARIABLES = ("CUBLAS_EMULATE_DOUBLE_PRECISION", "CUBLAS_EMULATION_STRATEGY")
 """Settings under which cuBLAS may compute float64 products from fewer digits."""
 
 _STREAM = "oracle:selftest"
-_trusted: set[torch.device] = set()
-_TINY = torch.tensor(2.0**-149)
-_HALF_NORMAL = torch.tensor(2.0**-126)
+_trusted: set[tuple[torch.device, bool]] = set()
+_SMALLEST_NORMAL, _SUBNORMAL, _HALF, _ONE = 2.0**-1022, 2.0**-1074, 0.5, 1.0
 
 
 def require_trusted(device: torch.device) -> None:
@@ -35,19 +35,25 @@ def require_trusted(device: torch.device) -> None:
     Raises:
         UntrustedMachineError: If a rule is broken.
     """
-    if device.type == "cpu" and not bool((_HALF_NORMAL * 0.5 > 0) & (_TINY + _TINY > _TINY)):
+    # Python's floats obey the same switches of this thread's processor as everything else.
+    if not (_SMALLEST_NORMAL * _HALF > 0.0 and _SUBNORMAL * _ONE > 0.0):
         raise UntrustedMachineError(
             "this thread flushes subnormal numbers to zero; call torch.set_flush_denormal(False), or find the "
             "library compiled with -ffast-math that switched it on"
         )
-    if device not in _trusted:
+    compiled = fused_for(device) is not None
+    if (device, compiled) not in _trusted:
         failures = check(device)
+        if compiled and not failures:
+            from oracle.fused_check import disagreements
+
+            failures = [f"the compiled loop {name} differs from the plain path" for name in disagreements()]
         if failures:
+            remedy = "set MDLM_INTERP_EXACT_PATH=plain" if compiled else "run on another device"
             raise UntrustedMachineError(
-                f"exact results cannot be trusted on {device}: {'; '.join(failures)}. Run on another device, and "
-                f"please report this machine"
+                f"exact results cannot be trusted on {device}: {'; '.join(failures)}; {remedy}, and please report it"
             )
-        _trusted.add(device)
+        _trusted.add((device, compiled))
 
 
 def check(device: torch.device) -> list[str]:
@@ -121,7 +127,9 @@ def _integer_products_are_exact(device: torch.device) -> bool:
 
 def _products_are_within_bound(device: torch.device) -> bool:
     n = 1500
-    a, b = (torch.from_numpy(uniforms(0, _STREAM, index, 8 * n)).float().reshape(8, n) - 0.5 for index in (8, 9))
+    a, b = (
+        torch.from_numpy(uniforms(0, _STREAM, index, 8 * n)).float().reshape(8, n) - 0.5 for index in (8, 9)
+    )
     rows, cols = (products.as_rows(x.to(device), "self-test") for x in (a, b))
     found, unit = products.raw_product(rows, cols, products.Workspace(device))
     bound = (rows.norms[0, :, None] * cols.norms[0, None, :] * unit).cpu().tolist()

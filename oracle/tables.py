@@ -75,14 +75,13 @@ def cos_sin(mantissa: int, exponent: int) -> tuple[float, float]:
     if mantissa == 0:
         return 1.0, 0.0
 
-    def attempt(which: int, bits: int) -> float | None:
-        *values, error = cos_sin_fixed(mantissa, exponent, bits)
-        return round_fixed(values[which], error, bits, BINARY32)
-
-    return (
-        until_decided(lambda bits: attempt(0, bits), FIRST_BITS),
-        until_decided(lambda bits: attempt(1, bits), FIRST_BITS),
-    )
+    bits = FIRST_BITS
+    while True:
+        c, s, error = cos_sin_fixed(mantissa, exponent, bits)
+        cosine, sine = round_fixed(c, error, bits, BINARY32), round_fixed(s, error, bits, BINARY32)
+        if cosine is not None and sine is not None:
+            return cosine, sine
+        bits *= 2
 
 
 def dyadic(value: float) -> tuple[int, int]:
@@ -135,7 +134,8 @@ def rotary_tables(
         columns = [_rotary_column(float(frequency), n_positions) for frequency in inv_freq]
         shape = (len(columns), n_positions)
         cosines, sines = (
-            np.array([column[which] for column in columns], np.float32).reshape(shape).T.copy() for which in (0, 1)
+            np.array([column[which] for column in columns], np.float32).reshape(shape).T.copy()
+            for which in (0, 1)
         )
         while len(_rotary) >= ROTARY_TABLES_KEPT:
             del _rotary[next(iter(_rotary))]
@@ -149,10 +149,10 @@ def time_frequency(k: int, half: int) -> float:
 
     y is too large exactly if (y's lower midpoint)^half * 10000^k > 1, all of it rational.
     """
-    guess = 10_000.0 ** (-k / half)
+    guess: float = 10_000.0 ** (-k / half)
 
     def above(value: int, exponent: int) -> bool:  # value * 2^exponent > 10000^(-k / half)
-        return value**half * 10_000**k > 1 << (-exponent * half)
+        return bool(value**half * 10_000**k > 1 << (-exponent * half))
 
     while True:
         fraction, power = math.frexp(guess)
@@ -166,7 +166,8 @@ def time_frequency(k: int, half: int) -> float:
             return guess
 
 
-def time_features(sigma: float, width: int) -> list[float]:
+@lru_cache(maxsize=1024)
+def time_features(sigma: float, width: int) -> tuple[float, ...]:
     """width / 2 cosines of sigma times the frequencies, then as many sines, correctly rounded."""
     half = width // 2
     sigma_mantissa, sigma_exponent = dyadic(sigma)
@@ -174,7 +175,7 @@ def time_features(sigma: float, width: int) -> list[float]:
     for k in range(half):
         mantissa, exponent = dyadic(time_frequency(k, half))
         pairs.append(cos_sin(sigma_mantissa * mantissa, sigma_exponent + exponent))
-    return [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    return (*(pair[0] for pair in pairs), *(pair[1] for pair in pairs))
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -28,7 +29,5 @@ def over_rows(run: Callable[[int, int], T], n_rows: int, n_elements: int) -> lis
     if threads <= 1:
         return [run(0, n_rows)]
     cuts = [n_rows * i // threads for i in range(threads + 1)]
-    futures = [
-        _pool(threads, os.getpid()).submit(run, start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)
-    ]
+    futures = [_pool(threads, os.getpid()).submit(run, start, stop) for start, stop in pairwise(cuts)]
     return [future.result() for future in futures]

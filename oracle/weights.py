@@ -48,6 +48,11 @@ class _Entry:
     rows: Rows
     size: int
 
+    def describes(self, weight: Tensor) -> bool:
+        """Whether the copy is that of this tensor as it is now."""
+        same = self.weight() is weight and self.rows.values.device == weight.device
+        return same and self.rows.values.shape[1:] == weight.shape and self.checksum == checksum(weight)
+
 
 class WeightCache:
     """Float64 copies of weights.
@@ -86,9 +91,8 @@ class WeightCache:
             return None
         key = id(weight)
         entry = self._entries.get(key)
-        if entry is not None and entry.weight() is weight and entry.rows.values.shape[1:] == weight.shape:
-            if entry.checksum == checksum(weight) and entry.rows.values.device == weight.device:
-                return entry.rows
+        if entry is not None and entry.describes(weight):
+            return entry.rows
         self._entries.pop(key, None)
         size = 8 * weight.numel()
         if self.used_bytes + size > self.budget_bytes:

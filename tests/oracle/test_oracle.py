@@ -1,0 +1,328 @@
+"""The Oracle: shared weights, hooks, the witness's bits, and what it refuses, in the words it does so."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdlm_interp.errors import HookError
+from mdlm_interp.model import HookedMDLM
+from oracle import (
+    ExactArithmetic,
+    ExactError,
+    Oracle,
+    UntrustedMachineError,
+    golden,
+    ops,
+    plain_path,
+    selftest,
+)
+from oracle.guard import exact_operation
+from tests.oracle.exact_reference import same_bits
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_has_the_bits_of_the_witness_at_every_hook_point(synthetic, oracle, inputs, path):
+    from oracle import witness_forward
+
+    ids, sigma = inputs
+    weights = {name: tensor.numpy() for name, tensor in synthetic.state_dict().items()}
+    expected_logits, expected = witness_forward.forward(weights, synthetic.config, ids.numpy(), sigma.numpy())
+    logits, cache = oracle.run_with_cache(ids, timesteps=sigma)
+    assert list(cache) == list(expected)
+    for name, tensor in cache.items():
+        assert same_bits(tensor, torch.from_numpy(expected[name])), name
+    assert same_bits(logits, torch.from_numpy(expected_logits))
+    assert oracle.fingerprint(ids, timesteps=sigma) == witness_forward.fingerprint(expected, expected_logits)
+
+
+def test_it_shares_the_weights_and_follows_them(inputs):
+    ids, sigma = inputs
+    model = golden.synthetic_model()
+    oracle = Oracle(model)
+    mine, theirs = dict(oracle.model.named_parameters()), dict(model.named_parameters())
+    assert all(mine[name] is theirs[name] for name in theirs)
+    before = oracle.logits(ids, sigma)
+    with torch.no_grad():
+        model.backbone.output_layer.linear.weight[3] *= 2.0
+    after = oracle.logits(ids, sigma)
+    assert not same_bits(after, before)
+    assert same_bits(after, Oracle(copy.deepcopy(model)).logits(ids, sigma))
+    # torch does not count writes through .data, yet the kept float64 copy must not be used.
+    model.get_parameter("backbone.blocks.0.attn_qkv.weight").data[0, 0] += 1.0
+    assert same_bits(oracle.logits(ids, sigma), Oracle(copy.deepcopy(model)).logits(ids, sigma))
+    model.get_submodule("backbone.blocks.0.attn_out").weight = torch.nn.Parameter(torch.zeros(96, 96))
+    assert same_bits(oracle.logits(ids, sigma), Oracle(copy.deepcopy(model)).logits(ids, sigma))
+
+
+def test_hooks_edit_the_exact_pass_and_are_removed(oracle, synthetic, inputs):
+    ids, sigma = inputs
+    before = oracle.logits(ids, sigma)
+    with oracle.hooks({"blocks.0.hook_mlp_out": lambda out, hook: torch.zeros_like(out)}):
+        ablated = oracle.logits(ids, sigma)
+    assert not same_bits(ablated, before)
+    assert same_bits(oracle.logits(ids, sigma), before)
+    assert all(not point.listeners for point in synthetic._registry.points.values())
+    with pytest.raises(HookError, match="no hook point matches"):
+        oracle.run_with_cache(ids, "blocks.9.*", timesteps=sigma)
+
+
+def test_dropout_never_happens(inputs):
+    ids, sigma = inputs
+    model = golden.synthetic_model().train()
+    assert same_bits(Oracle(model).logits(ids, sigma), Oracle(golden.synthetic_model()).logits(ids, sigma))
+    assert model.training
+
+
+def test_sigma_is_checked_as_in_the_native_pass(oracle, inputs):
+    with pytest.raises(ValueError, match="this model is time-conditioned"):
+        oracle.logits(inputs[0])
+
+
+def test_autocast_does_not_reach_it(oracle, inputs):
+    ids, sigma = inputs
+    before = oracle.logits(ids, sigma)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_bits(oracle.logits(ids, sigma), before)
+
+
+def test_lower_matmul_precision_does_not_reach_it(oracle, inputs):
+    ids, sigma = inputs
+    before, setting = oracle.logits(ids, sigma), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert same_bits(oracle.logits(ids, sigma), before)
+    finally:
+        torch.set_float32_matmul_precision(setting)
+
+
+@pytest.mark.slow
+def test_a_compiler_is_kept_out():
+    """Exact: torch.compile around the model, and around a function that calls the operations, changes no bit."""
+    code = (
+        "import torch\n"
+        "from oracle import Oracle, golden, ops\n"
+        "torch.set_num_threads(1)\n"
+        "oracle, (ids, sigma) = Oracle(golden.synthetic_model()), golden.synthetic_inputs()\n"
+        "before = oracle.logits(ids, sigma)\n"
+        "x = torch.linspace(-3, 3, 1001)\n"
+        "gelu = ops.gelu_tanh(x)\n"
+        "compiled = torch.compile(lambda x: ops.gelu_tanh(x * 1.0) + 0.0)\n"
+        "assert torch.equal(compiled(x), gelu)\n"
+        "with torch.no_grad():\n"
+        "    assert torch.equal(torch.compile(oracle.model)(ids, sigma), before)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# What is refused
+
+
+def test_gradients_are_refused_with_the_remedy():
+    x, weight = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
+    with pytest.raises(ExactError) as caught:
+        ops.linear(x, weight)
+    assert str(caught.value) == (
+        "linear: exact arithmetic is forward only and has no gradients; wrap the call in torch.no_grad() "
+        "(Oracle does so), or use NativeArithmetic where gradients are needed"
+    )
+    with torch.no_grad():
+        assert not ops.linear(x, weight).requires_grad
+
+
+def test_a_model_on_exact_arithmetic_refuses_gradients_as_a_whole(synthetic, inputs):
+    ids, sigma = inputs
+    model = HookedMDLM(synthetic.config, ExactArithmetic())
+    with pytest.raises(ExactError, match="forward only and has no gradients"):
+        model(ids, sigma)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_types_are_refused(dtype, unchecked):
+    with pytest.raises(ExactError, match="defined for float32, got " + str(dtype).removeprefix("torch.")):
+        ops.gelu_tanh(torch.ones(3, dtype=dtype))
+    with pytest.raises(
+        ExactError, match=r"defined for float32 weights, the model has .*; load it with dtype"
+    ):
+        Oracle(golden.synthetic_model().to(dtype))
+
+
+def test_what_is_no_model_is_refused(unchecked):
+    with pytest.raises(ExactError, match="Oracle needs a HookedMDLM, got Linear; if it is compiled"):
+        Oracle(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def bad_values() -> list[float]:
+    return [float("inf"), float("-inf"), float("nan")]
+
+
+@pytest.mark.parametrize("bad", bad_values())
+def test_values_that_are_not_finite_are_refused_everywhere(bad, path):
+    x = torch.ones(1, 4, 6)
+    x[0, 2, 3] = bad
+    good, weight, row = torch.ones(1, 4, 6), torch.ones(5, 6), torch.ones(1, 1, 6)
+    heads, fine = x.reshape(1, 4, 2, 3), good.reshape(1, 4, 2, 3)
+    calls = {
+        r"linear: x has values that are not finite \(first in row 2\)": lambda: ops.linear(x, weight),
+        r"linear: weight has values that are not finite": lambda: ops.linear(good, x[0]),
+        r"linear: bias is not finite at \[3\]": lambda: ops.linear(good, torch.ones(6, 6), x[0, 2]),
+        r"add: the sum is not finite at \[0, 2, 3\]": lambda: ops.add(good, x),
+        r"mul: the product is not finite at \[0, 2, 3\]": lambda: ops.mul(x, row),
+        r"modulate: the result is not finite at \[0, 2, 3\]": lambda: ops.modulate(x, row, -row),
+        r"layer_norm: the result is not finite at \[0, 2, ": lambda: ops.layer_norm(x, torch.ones(6)),
+        r"gelu_tanh: x is not finite at \[0, 2, 3\]": lambda: ops.gelu_tanh(x),
+        r"silu: x is not finite at \[0, 2, 3\]": lambda: ops.silu(x),
+        r"softmax: scores is not finite at \[0, 2, 3\]": lambda: ops.softmax(x),
+        r"attention: q has values that are not finite": lambda: ops.attention(heads, fine, fine),
+        r"attention: k has values that are not finite": lambda: ops.attention(fine, heads, fine),
+        r"attention: v has values that are not finite": lambda: ops.attention(fine, fine, heads),
+        r"attention_scores: k has": lambda: ops.attention_scores(fine, heads),
+        r"mix: pattern has values": lambda: ops.mix(x[None], torch.ones(1, 6, 1, 2)),
+        r"rotate: the result is not finite": lambda: ops.rotate(
+            x[:, :, None], torch.ones(4, 3), torch.ones(4, 3)
+        ),
+        r"time_features: sigma is not finite at \[3\]": lambda: ops.time_features(x[0, 2], 8),
+    }
+    for message, call in calls.items():
+        with pytest.raises(ExactError, match=message):
+            call()
+
+
+def test_results_beyond_float32_are_refused_and_the_largest_is_not(path):
+    largest = torch.tensor([[(2 - 2.0**-23) * 2.0**127]])
+    one = torch.ones(1, 1)
+    assert ops.linear(largest, one).item() == largest.item()
+    with pytest.raises(ExactError, match="linear: a result is beyond float32's range"):
+        ops.linear(largest, one * (1 + 2.0**-23))
+    # 2^128 - 2^103 is the first that rounds beyond; a hair below it rounds to the largest.
+    below = torch.tensor([[largest.item(), 2.0**102 * (2 - 2.0**-23)]])
+    assert ops.linear(below, torch.ones(1, 2)).item() == largest.item()
+    with pytest.raises(ExactError, match="beyond float32's range"):
+        ops.linear(torch.tensor([[largest.item(), 2.0**103]]), torch.ones(1, 2))
+    with pytest.raises(ExactError, match="the sum is not finite"):
+        ops.add(largest, largest)
+    with pytest.raises(ExactError, match="attention_scores: a result is beyond"):
+        ops.attention_scores(largest.reshape(1, 1, 1, 1).expand(1, 1, 1, 2), torch.ones(1, 1, 1, 2) * 4)
+
+
+def test_shapes_that_do_not_fit_are_refused(unchecked):
+    with pytest.raises(ExactError, match=r"matmul: shapes \[2, 3\] and \[2, 3\] do not fit"):
+        ops.matmul(torch.ones(2, 3), torch.ones(2, 3))
+    with pytest.raises(ExactError, match="softmax: rows must have 1 to 1048576 values"):
+        ops.softmax(torch.ones(2, 0))
+
+
+def test_flushing_subnormals_is_noticed_at_every_call():
+    x = torch.ones(2, 2)
+    ops.add(x, x)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        with pytest.raises(
+            UntrustedMachineError, match=r"flushes subnormal numbers to zero; call torch.set_flush_denorm"
+        ):
+            ops.add(x, x)
+    finally:
+        torch.set_flush_denormal(False)
+    ops.add(x, x)
+
+
+def test_a_machine_that_fails_the_self_test_is_refused(monkeypatch):
+    monkeypatch.setattr(selftest, "_trusted", set())
+    monkeypatch.setattr(selftest, "_division_is_correct", lambda device: False)
+    with (
+        plain_path(),
+        pytest.raises(
+            UntrustedMachineError, match="cannot be trusted on cpu: float64 division is not correctly rounded"
+        ),
+    ):
+        ops.add(torch.ones(1), torch.ones(1))
+
+
+def test_emulated_float64_products_are_refused(monkeypatch):
+    monkeypatch.setenv("CUBLAS_EMULATE_DOUBLE_PRECISION", "1")
+    assert selftest.check(torch.device("cuda")) == [
+        "the environment variable CUBLAS_EMULATE_DOUBLE_PRECISION lets float64 products be emulated; unset it"
+    ]
+    assert "has no float64 arithmetic" in selftest.check(torch.device("mps"))[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda a, b: (a.float() @ b.float()).double(), "a float64 matrix product of integers is not exact"),
+        (lambda a, b: (a @ b) * (1 + 2.0**-44), "a float64 matrix product of integers is not exact"),
+    ],
+)
+def test_the_self_test_sees_a_product_with_fewer_digits(wrong, message, monkeypatch):
+    true = torch.Tensor.__matmul__
+    assert selftest.check(torch.device("cpu")) == []
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: wrong_product(true, wrong, a, b))
+    assert message in selftest.check(torch.device("cpu"))
+
+
+def wrong_product(true, wrong, a, b):
+    if a.dtype != torch.float64:
+        return true(a, b)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__matmul__", true)
+        return wrong(a, b)
+
+
+def test_compiled_loops_that_disagree_are_refused(monkeypatch):
+    pytest.importorskip("numba", reason="the compiled loops need numba")
+    from oracle import fused_check
+
+    assert fused_check.disagreements() == []
+    monkeypatch.setattr(selftest, "_trusted", set())
+    monkeypatch.setattr(fused_check, "disagreements", lambda: ["gelu_tanh"])
+    with pytest.raises(
+        UntrustedMachineError, match="compiled loop gelu_tanh differs from the plain path; set MDLM_"
+    ):
+        ops.add(torch.ones(1), torch.ones(1))
+
+
+def test_the_check_of_compiled_loops_sees_one_wrong_bit(monkeypatch):
+    pytest.importorskip("numba", reason="the compiled loops need numba")
+    from oracle import elementwise, fused_check
+
+    true = elementwise.silu
+
+    def off_by_one_bit(x):
+        out = true(x)
+        out.view(torch.int32)[..., -1, 5] ^= 1
+        return out
+
+    monkeypatch.setattr(elementwise, "silu", off_by_one_bit)
+    assert fused_check.disagreements() == ["silu"]
+
+
+def test_the_path_is_chosen_by_the_environment(monkeypatch):
+    from oracle import paths
+
+    monkeypatch.setenv(paths.VARIABLE, "plain")
+    assert paths.fused_for(torch.device("cpu")) is None
+    monkeypatch.setenv(paths.VARIABLE, "quick")
+    with pytest.raises(ExactError, match="must be plain or fused, got 'quick'"):
+        paths.fused_for(torch.device("cpu"))
+    monkeypatch.setenv(paths.VARIABLE, "fused")
+    monkeypatch.setattr(paths, "_numba_is_installed", lambda: False)
+    with pytest.raises(
+        ExactError, match=r"is fused, but numba is not installed: pip install 'mdlm-interp\[fast\]'"
+    ):
+        paths.fused_for(torch.device("cpu"))
+
+
+def test_an_operation_on_two_devices_is_refused():
+    both = exact_operation(lambda a, b: a)
+    with pytest.raises(ExactError, match="all tensors must be on one device, got"):
+        both(torch.ones(1), torch.ones(1, device="meta"))

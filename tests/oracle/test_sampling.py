@@ -1,0 +1,84 @@
+"""Exact sampling: draws are integer arithmetic, keyed by seed, step, sequence and position. Every claim is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mdlm_interp.errors import DataError
+from oracle import ExactError, Oracle, exact_sample, golden, witness_forward
+from oracle.sampling import counts, draw
+from tests.oracle.exact_reference import draw as draw_logits
+
+MASK = golden.SYNTHETIC_CONFIG.mask_id
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.8, 1.0, 3.0, 1e-300])
+def test_counts_and_draws_are_the_witness_s(temperature):
+    logits = draw_logits(1, (6, 50), -2, 4)
+    weights = counts(logits, 49, temperature)
+    words = [0, 2**63, 2**64 - 1, 0x123456789ABCDEF0, 7**22, 3**40]
+    expected = [witness_forward.draw_weights(row.numpy(), 49, temperature) for row in logits]
+    assert weights.tolist() == expected
+    tokens = [
+        witness_forward.draw(row.numpy(), 49, temperature, word)
+        for row, word in zip(logits, words, strict=True)
+    ]
+    assert draw(weights, words).tolist() == tokens
+
+
+def test_draws_follow_the_counts():
+    """A word below the first token's share takes it, the next one the second."""
+    weights = torch.tensor([[1, 0, 3]] * 4)
+    quarter = 2**62
+    assert draw(weights, [0, quarter - 1, quarter, 2**64 - 1]).tolist() == [0, 0, 2, 2]
+
+
+def test_a_sample_is_the_witness_s_and_the_same_in_any_batch(synthetic, path):
+    oracle = Oracle(synthetic)
+    start = torch.full((2, 7), MASK)
+    start[1, :4] = torch.tensor([5, 6, 7, 8])
+    found = exact_sample(oracle, start, steps=3, seed=3)
+    assert not bool((found == MASK).any())
+    assert found[1, :4].tolist() == [5, 6, 7, 8]
+    weights = {name: tensor.numpy() for name, tensor in synthetic.state_dict().items()}
+    for row in range(2):
+        expected = witness_forward.reverse_process(
+            weights, synthetic.config, start[row].numpy(), n_steps=3, seed=3, sequence=row
+        )
+        assert found[row].tolist() == expected.tolist()
+        alone = exact_sample(oracle, start[row : row + 1], steps=3, seed=3, indices=[row])
+        assert torch.equal(alone[0], found[row])
+
+
+def test_the_seed_and_the_sequence_number_change_the_text(oracle):
+    start = torch.full((2, 12), MASK)
+    found = exact_sample(oracle, start, steps=3, seed=0)
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found, exact_sample(oracle, start, steps=3, seed=1))
+    assert torch.equal(found.flip(0), exact_sample(oracle, start, steps=3, seed=0, indices=[1, 0]))
+
+
+def test_temperature_zero_takes_the_first_of_the_best(oracle):
+    start = torch.full((1, 8), MASK)
+    with oracle.hooks({"hook_logits": lambda logits, hook: torch.zeros_like(logits)}):
+        assert exact_sample(oracle, start, steps=2, temperature=0.0).tolist() == [[0] * 8]
+
+
+def test_a_finished_text_is_left_as_it_is(oracle):
+    start = torch.zeros(1, 5, dtype=torch.int64)
+    assert torch.equal(exact_sample(oracle, start, steps=2), start)
+
+
+def test_what_cannot_be_drawn_is_refused(oracle):
+    logits, start = torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ExactError, match="temperature must be positive and finite, got 0"):
+        counts(logits, None, 0.0)
+    with pytest.raises(ExactError, match="must have 1 to 1048576 tokens to draw from, got 1"):
+        counts(torch.zeros(1, 1), 0)
+    with pytest.raises(ExactError, match=r"counts: logits is not finite at \[0, 1\]"):
+        counts(torch.tensor([[0.0, float("nan")]]))
+    with pytest.raises(DataError, match="steps must be at least 1, got 0"):
+        exact_sample(oracle, start, steps=0)
+    with pytest.raises(DataError, match="temperature must be at least 0, got -1"):
+        exact_sample(oracle, start, steps=1, temperature=-1.0)
