@@ -4,8 +4,13 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
+
+from mdlm_interp.__main__ import wait_politely
+
+wait_politely()
+
+import torch  # noqa: E402  (after the setting that its threads read when they start)
 
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")

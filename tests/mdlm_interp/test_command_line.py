@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mdlm_interp import __version__
-from mdlm_interp.__main__ import COMMANDS, main
+from mdlm_interp.__main__ import COMMANDS, main, wait_politely
 from mdlm_interp.errors import ConfigError, StoreError
 
 ROOT = Path(__file__).parents[2]
@@ -273,3 +273,17 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(lines, unbuffered):
         err = process.stderr.read()
         assert process.wait(timeout=60) == 141
     assert err == ""
+
+
+def test_the_users_own_setting_for_waiting_threads_is_kept(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    wait_politely()
+    assert os.environ["GOMP_SPINCOUNT"] == "2000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    wait_politely()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    wait_politely()
+    assert "GOMP_SPINCOUNT" not in os.environ
