@@ -55,7 +55,9 @@ class InputChoice:
             raise ConfigError("give the input: --text or --ids")
         if self.sigma is None and model.config.time_conditioning:
             raise DataError("this model is time-conditioned: give --sigma, the noise level")
-        timesteps = None if self.sigma is None else torch.tensor([self.sigma], device=model.device)
+        timesteps = None
+        if self.sigma is not None:
+            timesteps = torch.tensor([self.sigma], dtype=torch.float32, device=model.device)
         return Oracle(model), ids.to(model.device), timesteps
 
 

@@ -112,7 +112,7 @@ def attend(
         _array((row_norms * NORM_MARGIN).contiguous()),
     )
     groups, rows, cols = product.shape
-    peaks = torch.empty(groups, rows, dtype=torch.float64)
+    peaks = product.new_empty(groups, rows)
 
     def run(start: int, stop: int) -> int:
         return int(product_kernels.attend(*given, np.empty(cols, np.float32), start, stop, _array(peaks)))
@@ -161,7 +161,7 @@ def layer_norm(x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor,
     source = x.detach().contiguous().reshape(-1, x.shape[-1])
     out = torch.empty_like(source)
     given = scale is not None
-    scales = torch.empty(source.shape[0]) if scale is None else scale.detach().reshape(-1).contiguous()
+    scales = source.new_empty(source.shape[0]) if scale is None else scale.detach().reshape(-1).contiguous()
     weights = _array(weight.detach().contiguous())
 
     def run(start: int, stop: int) -> int:
@@ -176,7 +176,7 @@ def layer_norm(x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor,
 def add(a: Tensor, b: Tensor) -> Tensor:
     """See `elementwise.add`; equal shapes."""
     given = tuple(_array(t.detach().contiguous().reshape(-1)) for t in (a, b))
-    out = torch.empty(a.shape)
+    out = a.new_empty(a.shape)
     flat = _array(out.reshape(-1))
     return _finite(out, over_rows(lambda i, j: int(kernels.add(*given, i, j, flat)), a.numel(), a.numel()))
 

@@ -52,7 +52,7 @@ def _product_disagreements(x: Tensor, y: Tensor, z: Tensor) -> list[str]:
         for width in (1.0, 2.0**24, 0.0):
             product = torch.bmm(rows.values, cols.values.mT).add_(bias).mul_(factor)
             bound = rows.norms * (width * 2.0**-46)
-            out = torch.empty(product.shape)
+            out = x.new_empty(product.shape)
             fused.certify(
                 product,
                 rows.values,
@@ -80,5 +80,5 @@ def _product_disagreements(x: Tensor, y: Tensor, z: Tensor) -> list[str]:
 def _all_repaired(rows: products.Rows, cols: products.Rows, bias: Tensor | None, factor: float) -> Tensor:
     """The product with every output computed by the plain repair."""
     shape = rows.values.shape[0], rows.values.shape[1], cols.values.shape[1]
-    group, row, col = torch.ones(shape, dtype=torch.bool).nonzero().unbind(1)
+    group, row, col = torch.ones(shape, dtype=torch.bool, device="cpu").nonzero().unbind(1)
     return products.dot_pairs(rows, cols, group, row, col, bias, factor).reshape(shape)

@@ -69,7 +69,7 @@ def synthetic_inputs() -> tuple[Tensor, Tensor]:
     words = random_bits(0, "oracle:synthetic:input_ids", 0, 2 * SYNTHETIC_CONFIG.model_length)
     ids = torch.from_numpy((words >> 40).astype("int64") % SYNTHETIC_CONFIG.vocab_size).reshape(2, -1)
     ids[0, ::3] = ids[1, ::2] = SYNTHETIC_CONFIG.mask_id
-    return ids, torch.tensor([0.40625, 2.71875])
+    return ids, torch.tensor([0.40625, 2.71875], dtype=torch.float32)
 
 
 def packaged_goldens() -> list[Path]:
@@ -154,7 +154,8 @@ def inputs_of(golden: Mapping[str, Any], device: torch.device) -> tuple[Tensor, 
     ids = torch.tensor(golden["input_ids"], device=device)
     if golden["timesteps"] is None:
         return ids, None
-    return ids, torch.tensor([float.fromhex(value) for value in golden["timesteps"]], device=device)
+    sigmas = [float.fromhex(value) for value in golden["timesteps"]]
+    return ids, torch.tensor(sigmas, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def linear(
     n_out, n_in = weight.shape
     rows = as_rows(x.reshape(-1, n_in), "linear: x")
     n_rows = rows.values.shape[1]
-    out = torch.empty(1, n_rows, n_out, device=x.device)
+    out = x.new_empty(1, n_rows, n_out)
     if bias is not None:
         require_finite(bias, "linear: bias")
     biases = None if bias is None else bias.detach().double()
@@ -121,7 +121,7 @@ def matmul(
 
 def _products(a: Rows, b: Rows, what: str, factor: float = 1.0) -> Float32[Tensor, "group row col"]:
     n_groups, n_rows, n_cols = a.values.shape[0], a.values.shape[1], b.values.shape[1]
-    out = torch.empty(n_groups, n_rows, n_cols, device=a.values.device)
+    out = a.values.new_empty(n_groups, n_rows, n_cols, dtype=torch.float32)
     work = Workspace(out.device)
     for groups, block in tiles(n_groups, n_rows, n_cols, tile_elements(out.device)):
         certified(a.part(groups, block), b.part(groups, slice(None)), out[groups, block], work, factor=factor)
@@ -262,7 +262,7 @@ def attention(
     _require_length(k.shape[1], "attention")
     queries, factor = _scaled_query(q, "attention")
     keys, values = as_rows(_per_head(k), "attention: k"), as_columns(_per_head(v), "attention: v")
-    out = torch.empty(queries.values.shape[0], q.shape[1], v.shape[-1], device=q.device)
+    out = q.new_empty(queries.values.shape[0], q.shape[1], v.shape[-1])
     scores_work, mixed_work = Workspace(q.device), Workspace(q.device)
     limit = ATTENTION_TILE[q.device.type]
     for groups, block in tiles(out.shape[0], q.shape[1], k.shape[1], limit):

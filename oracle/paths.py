@@ -48,7 +48,8 @@ def fused_for(device: torch.device) -> ModuleType | None:
         raise ExactError(
             f"{VARIABLE} must be plain or fused, got {choice!r}; unset it to let the program choose"
         )
-    if choice == "plain" or _plain.get() or device.type != "cpu":
+    not_compiled = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+    if choice == "plain" or _plain.get() or device.type != "cpu" or not_compiled:
         return None
     if not _numba_is_installed():
         if choice == "fused":
@@ -56,6 +57,11 @@ def fused_for(device: torch.device) -> ModuleType | None:
                 f"{VARIABLE} is fused, but numba is not installed: pip install 'mdlm-interp[fast]'"
             )
         return None
-    from oracle import fused
-
+    try:
+        from oracle import fused
+    except ImportError as error:
+        raise ExactError(
+            f"numba is installed but cannot be imported ({error}); install a version that fits this numpy, "
+            f"or set {VARIABLE}=plain: the bits are the same, only slower"
+        ) from None
     return fused

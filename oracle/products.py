@@ -33,7 +33,7 @@ CHUNK_TERMS = 1024
 TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Outputs computed at a time (16 MiB of float64 on a CPU)."""
 
-DECIDED_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 25}
+DECIDED_AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 25}
 """Outputs that the plain path rounds at a time."""
 
 MARGIN = 1.0001
@@ -193,22 +193,28 @@ def certified(
 def _decide(
     product: Tensor, row_bound: Tensor, col_norms: Tensor, col_bound: Tensor | None, out: Tensor
 ) -> Int64[Tensor, "undecided three"]:
-    """Round what is decided to out; the places (group, row, col) of the rest. The product is used up."""
+    """Round what is decided to out; the places (group, row, col) of the rest."""
     found = []
-    step = max(1, DECIDED_AT_ONCE.get(out.device.type, DECIDED_AT_ONCE["cpu"]) // max(1, product.shape[2]))
-    for group in range(product.shape[0]):
-        for start in range(0, product.shape[1], step):
+    n_groups, n_rows, n_cols = product.shape
+    limit = DECIDED_AT_ONCE.get(out.device.type, DECIDED_AT_ONCE["cpu"])
+    step = min(n_rows, max(1, limit // max(1, n_cols)))
+    errors, ends = product.new_empty(step, n_cols), product.new_empty(step, n_cols)
+    lows = out.new_empty(step, n_cols)
+    for group in range(n_groups):
+        for start in range(0, n_rows, max(1, step)):
             rows = slice(start, start + step)
-            error = row_bound[group, rows, None] * col_norms[group]
+            values, high = product[group, rows], out[group, rows]
+            error, end, low = (buffer[: values.shape[0]] for buffer in (errors, ends, lows))
+            torch.mul(row_bound[group, rows, None], col_norms[group], out=error)
             if col_bound is not None:
                 error += col_bound
-            low = (product[group, rows] - error).float()
-            high = product[group, rows].add_(error).float()
-            places = (low != high).nonzero()
-            if places.shape[0]:
+            low.copy_(torch.sub(values, error, out=end))
+            high.copy_(torch.add(values, error, out=end))
+            if not torch.equal(low, high):
+                places = (low != high).nonzero()
                 first = torch.tensor([group, start], device=out.device).expand(places.shape[0], 2)
                 found.append(torch.cat((first[:, :1], first[:, 1:] + places[:, :1], places[:, 1:]), 1))
-            out[group, rows] = high.add_(0.0)  # -0 becomes +0
+            high.add_(0.0)  # -0 becomes +0
     return torch.cat(found) if found else torch.empty(0, 3, dtype=torch.int64, device=out.device)
 
 

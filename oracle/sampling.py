@@ -111,7 +111,8 @@ def exact_sample(
         ]
         if not places:
             continue
-        sigma = torch.tensor([sigma_of_masked(int(n), length) for n in is_masked.sum(1)], device=x.device)
+        sigmas = [sigma_of_masked(int(n), length) for n in is_masked.sum(1)]
+        sigma = torch.tensor(sigmas, dtype=torch.float32, device=x.device)
         rows, positions = (torch.tensor(part, device=x.device) for part in zip(*places, strict=True))
         logits = oracle.logits(x, sigma)[rows, positions]
         if temperature == 0.0:

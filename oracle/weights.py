@@ -66,6 +66,10 @@ class WeightCache:
         self.budget_bytes = budget_bytes
         self._entries: dict[int, _Entry] = {}
 
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[int]]:
+        # A copy starts empty: what is kept belongs to the original's weights.
+        return WeightCache, (self.budget_bytes,)
+
     @property
     def used_bytes(self) -> int:
         """What the copies take now."""

@@ -13,6 +13,7 @@ from oracle import GoldenError, Oracle, golden
 from oracle.fingerprint import Fingerprint, combine, tensor_digest, weights_digest
 from tests.mdlm_interp.test_golden import build, load_golden
 
+SYNTHETIC = next(file for file in golden.packaged_goldens() if file.stem == "synthetic")
 TINY = Path(__file__).with_name("exact_mdlm_tiny_a.json")
 """Recorded on upstream's golden model; `python tests/oracle/test_golden_files.py` writes it again."""
 
@@ -30,7 +31,7 @@ def test_packaged_goldens_match_here(file, path):
 
 
 def test_packaged_goldens_match_by_the_witness():
-    content = golden.load(golden.packaged_goldens()[0])
+    content = golden.load(SYNTHETIC)
     assert content["source"] == golden.SYNTHETIC
     assert golden.verify_by_witness(content, golden.synthetic_model()).matches
 
@@ -42,7 +43,7 @@ def test_the_golden_of_upstream_s_model_matches(path):
 
 def test_the_native_pass_does_not_match():
     """The control: native arithmetic in the oracle's place is found out at the first product."""
-    content = golden.load(golden.packaged_goldens()[0])
+    content = golden.load(SYNTHETIC)
     oracle = Oracle(golden.synthetic_model())
     from mdlm_interp.arithmetic import NativeArithmetic
 
@@ -53,7 +54,7 @@ def test_the_native_pass_does_not_match():
 
 
 def test_the_first_difference_is_named_with_its_element(oracle):
-    content = golden.load(golden.packaged_goldens()[0])
+    content = golden.load(SYNTHETIC)
     with oracle.hooks({"blocks.1.mlp.hook_pre": lambda x, hook: nudge(x)}):
         found = golden.verify(content, oracle)
     assert not found.matches
@@ -73,7 +74,7 @@ def nudge(x: torch.Tensor, place: int = 0) -> torch.Tensor:
 
 
 def test_hook_points_and_shapes_that_differ_are_named(oracle):
-    content = golden.load(golden.packaged_goldens()[0])
+    content = golden.load(SYNTHETIC)
     fewer = copy.deepcopy(content)
     del fewer["points"]["blocks.0.attn.hook_z"]
     found = golden.verify(fewer, oracle)
@@ -95,7 +96,7 @@ def test_other_weights_are_named_before_anything_is_computed():
     with pytest.raises(
         GoldenError, match=r"the model's weights have SHA-256 .* name the right model with --model"
     ):
-        golden.verify(golden.load(golden.packaged_goldens()[0]), Oracle(model))
+        golden.verify(golden.load(SYNTHETIC), Oracle(model))
 
 
 def test_files_that_are_no_goldens_are_refused(tmp_path):
@@ -114,8 +115,7 @@ def test_files_that_are_no_goldens_are_refused(tmp_path):
 def test_recording_again_gives_the_packaged_file(tmp_path, oracle, inputs):
     ids, sigma = inputs
     golden.save(golden.record(oracle, golden.SYNTHETIC, ids, sigma), tmp_path / "again.json")
-    packaged = next(file for file in golden.packaged_goldens() if file.stem == "synthetic")
-    assert (tmp_path / "again.json").read_bytes() == packaged.read_bytes()
+    assert (tmp_path / "again.json").read_bytes() == SYNTHETIC.read_bytes()
 
 
 def test_a_digest_covers_name_type_shape_and_every_bit():

@@ -326,3 +326,50 @@ def test_an_operation_on_two_devices_is_refused():
     both = exact_operation(lambda a, b: a)
     with pytest.raises(ExactError, match="all tensors must be on one device, got"):
         both(torch.ones(1), torch.ones(1, device="meta"))
+
+
+def test_it_works_in_inference_mode_and_under_other_defaults(oracle, inputs, path):
+    ids, sigma = inputs
+    before = oracle.logits(ids, sigma)
+    with torch.inference_mode():
+        assert same_bits(oracle.logits(ids, sigma), before)
+        _, cache = oracle.run_with_cache(ids, timesteps=sigma)
+    assert same_bits(oracle.logits(ids, sigma), before)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same_bits(oracle.logits(ids, sigma), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(tensor.dtype == torch.float32 for tensor in cache.values())
+
+
+def test_a_copy_of_a_model_on_exact_arithmetic_starts_with_nothing_kept(oracle, inputs):
+    ids, sigma = inputs
+    before = oracle.logits(ids, sigma)
+    assert oracle.model.arithmetic.cache.used_bytes > 0
+    copied = copy.deepcopy(oracle.model)
+    assert copied.arithmetic.cache.used_bytes == 0
+    with torch.no_grad():
+        assert same_bits(copied(ids, sigma), before)
+
+
+def test_no_rows_are_no_trouble(path):
+    assert ops.linear(torch.zeros(0, 4), torch.ones(3, 4)).shape == (0, 3)
+    assert ops.gelu_tanh(torch.zeros(0)).shape == (0,)
+    assert ops.softmax(torch.zeros(0, 4)).shape == (0, 4)
+    assert ops.add(torch.zeros(0, 2), torch.zeros(0, 2)).shape == (0, 2)
+    assert ops.matmul(torch.zeros(2, 0, 4), torch.zeros(4, 3)).shape == (2, 0, 3)
+
+
+def test_a_numba_that_cannot_be_imported_is_named(monkeypatch):
+    from oracle import paths
+
+    monkeypatch.setattr(paths, "_numba_is_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "oracle.fused", None)
+    monkeypatch.delattr("oracle.fused", raising=False)
+    with pytest.raises(
+        ExactError, match=r"numba is installed but cannot be imported .* MDLM_INTERP_EXACT_PATH=plain"
+    ):
+        paths.fused_for(torch.device("cpu"))
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert paths.fused_for(torch.device("cpu")) is None

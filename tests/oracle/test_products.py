@@ -106,11 +106,24 @@ def test_repair_is_used_and_needed_where_the_product_cannot_decide():
     rows, cols = products.as_rows(a, "a"), products.as_rows(b, "b")
     product, unit = products.raw_product(rows, cols, products.Workspace(a.device))
     out = torch.empty(1, 64, 64)
-    undecided = products._decide(product.clone(), rows.norms * unit, cols.norms, None, out)
+    undecided = products._decide(product, rows.norms * unit, cols.norms, None, out)
     assert 0 <= undecided.shape[0] < 41
     sample = [(i, j) for i in range(0, 64, 9) for j in range(0, 64, 9)]
     found = ops.linear(a, b)
     assert all(found[i, j].item() == reference.dot(a[i], b[j]) for i, j in sample)
+
+
+def test_a_bound_so_wide_that_everything_is_repaired_changes_nothing(path, monkeypatch):
+    for kind in ("normal", "wide", "nearly ties", "cancellation", "outliers"):
+        a, b = reference.hard_rows(kind, 8, 6, 7, 65)
+        linear, scores = (
+            ops.linear(a, b),
+            ops.attention_scores(a.reshape(1, 6, 1, 65), b.reshape(1, 7, 1, 65)),
+        )
+        monkeypatch.setattr(products, "BOUND_SCALE", 2.0**40)
+        assert same_bits(ops.linear(a, b), linear)
+        assert same_bits(ops.attention_scores(a.reshape(1, 6, 1, 65), b.reshape(1, 7, 1, 65)), scores)
+        monkeypatch.setattr(products, "BOUND_SCALE", 1.0)
 
 
 def test_a_bound_that_is_too_small_is_caught(monkeypatch):
