@@ -15,6 +15,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from mdlm_interp.errors import DataError
+
 
 def random_bits(seed: int, stream: str, index: int, count: int) -> NDArray[np.uint64]:
     """`count` independent 64-bit words for (seed, stream, index).
@@ -25,9 +27,9 @@ def random_bits(seed: int, stream: str, index: int, count: int) -> NDArray[np.ui
         index: Which item of the stream, such as the sequence's number in the data; 0 to 2**63 - 1.
     """
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        raise DataError(f"seed must be in [0, 2**64), got {seed}")
     if not 0 <= index < 2**63:
-        raise ValueError(f"index must be in [0, 2**63), got {index}")
+        raise DataError(f"index must be in [0, 2**63), got {index}")
     stream_key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
     # The index sits in the counter's third word: the 2**128 blocks below it are this item's own.
     generator = np.random.Philox(key=np.array([seed, stream_key], np.uint64), counter=[0, 0, index, 0])

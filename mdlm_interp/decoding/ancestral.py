@@ -45,8 +45,8 @@ def ancestral_sample(
     """
     if steps < 1:
         raise DataError(f"steps must be at least 1, got {steps}")
-    if temperature < 0.0:
-        raise DataError(f"temperature must be at least 0, got {temperature}")
+    if not 0.0 <= temperature < float("inf"):
+        raise DataError(f"temperature must be at least 0 and finite, got {temperature}")
     mask_id = model.config.mask_id
     numbers = list(indices) if indices is not None else list(range(start.shape[0]))
     x = start.clone()

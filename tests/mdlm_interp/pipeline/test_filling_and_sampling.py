@@ -126,6 +126,7 @@ def test_temperature_sharpens_and_zero_takes_the_best():
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"steps": 2, "temperature": -1.0}, "temperature must be"),
+        ({"steps": 2, "temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
     ],
 )
 def test_a_sampler_setting_that_cannot_be_is_refused(tiny_model, keywords, message):
