@@ -44,8 +44,9 @@ def write_report(
     Raises:
         OutputExistsError: If the directory holds a report.
     """
-    if (out / REPORT).exists():
-        raise OutputExistsError(f"{out / REPORT} exists; choose another out directory")
+    for name in (REPORT, MARKDOWN, "fvu.png", "nelbo.png", "density.png", "training.png"):
+        if (out / name).exists():
+            raise OutputExistsError(f"{out / name} exists; choose another out directory")
     out.mkdir(parents=True, exist_ok=True)
     figures = {
         "fvu.png": plot_fvu(evaluation),
