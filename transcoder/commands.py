@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdlm_interp.config_args import parse_args
-from mdlm_interp.errors import ConfigError, OutputExistsError
+from mdlm_interp.errors import ConfigError
 from mdlm_interp.program import invocation
 from transcoder.config import METRICS, CLTRunConfig, torch_device
 
@@ -73,11 +73,10 @@ def evaluate(argv: Sequence[str]) -> int:
     from mdlm_interp.model import HookedMDLM
     from transcoder.checkpoint import load_clt
     from transcoder.evaluation import evaluate as run
-    from transcoder.report import REPORT, layer_table, summary, write_report
+    from transcoder.report import layer_table, refuse_existing, summary, write_report
 
     out = config.out or config.clt / "eval"
-    if (out / REPORT).exists():
-        raise OutputExistsError(f"{out / REPORT} exists; choose another --out")
+    refuse_existing(out)
     device = torch_device(config.device)
     store = open_store(config.store)
     clt = load_clt(config.clt, config.model, device=device)

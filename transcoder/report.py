@@ -44,9 +44,7 @@ def write_report(
     Raises:
         OutputExistsError: If the directory holds a report.
     """
-    for name in (REPORT, MARKDOWN, "fvu.png", "nelbo.png", "density.png", "training.png"):
-        if (out / name).exists():
-            raise OutputExistsError(f"{out / name} exists; choose another out directory")
+    refuse_existing(out)
     out.mkdir(parents=True, exist_ok=True)
     figures = {
         "fvu.png": plot_fvu(evaluation),
@@ -61,6 +59,13 @@ def write_report(
     (out / MARKDOWN).write_text(text, encoding="utf-8")
     write_json(out / REPORT, {"about": dict(about), **to_json(evaluation)})
     return [out / name for name in (MARKDOWN, REPORT, *figures)]
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise OutputExistsError if a file of a report is there already; cheap enough to ask before evaluating."""
+    for name in (REPORT, MARKDOWN, "fvu.png", "nelbo.png", "density.png", "training.png"):
+        if (out / name).exists():
+            raise OutputExistsError(f"{out / name} exists; choose another out directory")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def test_training_and_evaluating_from_the_command_line(store, model_directory, t
     assert "training.png" in out
     code, _, error = run(capsys, *command.split())
     assert code == 2
-    assert "report.json exists; choose another --out" in error
+    assert "report.json exists; choose another out directory" in error
 
 
 def test_a_config_file_with_overrides(store, tmp_path, capsys):

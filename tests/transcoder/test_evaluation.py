@@ -146,3 +146,9 @@ def test_the_report_has_every_figure_and_plots_that_open(evaluation, trained_dir
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[2:])
     with pytest.raises(OutputExistsError, match=r"report.json exists; choose another out directory"):
         write_report(evaluation, tmp_path / "report", about=about)
+    mine = tmp_path / "mine" / "report.md"
+    mine.parent.mkdir()
+    mine.write_text("my own notes")
+    with pytest.raises(OutputExistsError, match=r"report.md exists; choose another out directory"):
+        write_report(evaluation, mine.parent, about=about)
+    assert [file.read_text() for file in mine.parent.iterdir()] == ["my own notes"]
