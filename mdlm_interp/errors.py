@@ -39,6 +39,10 @@ class OutputExistsError(MdlmError):
     """An output that is there already and would have been overwritten."""
 
 
+class WriteError(MdlmError):
+    """An output that cannot be written: the disk is full, read-only or failing."""
+
+
 def nearest(name: str, choices: Iterable[str], *, prefix: str = "") -> str:
     """The end of an error message: what was probably meant, or what there is.
 

@@ -2,7 +2,8 @@
 
 Documents are split into training and held-out ones by the hash of their text, so equal documents never
 stand on both sides and adding files moves nobody. Training sequences are windows of the stream at random
-offsets; validation sequences are its consecutive blocks.
+offsets; validation sequences are its consecutive blocks, with end-of-texts around them where training's
+have them.
 """
 
 # Axes: batch, pos
@@ -19,14 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdlm_interp.checkpoints import sha256_of
 from mdlm_interp.documents import read_documents
 from mdlm_interp.errors import DataError
 from mdlm_interp.randomness import uniforms
 from mdlm_interp.shapes import Int64
 from mdlm_interp.tokenizers import Tokenizer
-
-SHORTEST = 16
-"""Tokens in the shortest sequence of a short step; the others are its powers-of-two multiples."""
+from mdlm_interp.training.config import SHORTEST
 
 ENCODE_DOCUMENTS = 256
 """Documents given to the tokenizer at once."""
@@ -39,6 +39,18 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 @dataclass(frozen=True)
+class TextSource:
+    """What a text file was when it was read."""
+
+    file: str
+    """Its name, without the directories of one machine."""
+    bytes: int
+    """Its size."""
+    sha256: str
+    """Hash of its content."""
+
+
+@dataclass(frozen=True)
 class TokenStreams:
     """Tokens of the training and of the held-out documents, each document ended by <|endoftext|>."""
 
@@ -48,6 +60,8 @@ class TokenStreams:
     """Bytes of UTF-8 in the training text."""
     held_out_bytes: int
     """Bytes of UTF-8 in the held-out text."""
+    sources: tuple[TextSource, ...]
+    """The files, in the order given."""
 
 
 def read_streams(files: Sequence[Path], tokenizer: Tokenizer, held_out_share: float) -> TokenStreams:
@@ -73,7 +87,24 @@ def read_streams(files: Sequence[Path], tokenizer: Tokenizer, held_out_share: fl
             raise DataError(
                 f"no document fell on the {name} side; give more documents or change held_out_share"
             )
-    return TokenStreams(np.concatenate(parts[False]), np.concatenate(parts[True]), sizes[False], sizes[True])
+    train, held = np.concatenate(parts[False]), np.concatenate(parts[True])
+    return TokenStreams(train, held, sizes[False], sizes[True], text_sources(files))
+
+
+def text_sources(files: Sequence[Path]) -> tuple[TextSource, ...]:
+    """Name, size and SHA-256 of each file; one listed twice is read once.
+
+    Raises:
+        DataError: If a file cannot be read.
+    """
+    known: dict[Path, TextSource] = {}
+    for file in files:
+        try:
+            if file not in known:
+                known[file] = TextSource(file.name, file.stat().st_size, sha256_of(file))
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
+    return tuple(known[file] for file in files)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -130,13 +161,23 @@ class WindowSampler:
 
 
 def consecutive_blocks(
-    stream: NDArray[np.uint16], length: int, limit: int | None = None
+    stream: NDArray[np.uint16], length: int, limit: int | None = None, *, wrap_with: int | None = None
 ) -> Int64[Tensor, "batch pos"]:
-    """The stream cut into equal blocks, the remainder dropped; evenly spread ones if limited."""
-    count = len(stream) // length
+    """The stream cut into equal blocks, the remainder dropped; evenly spread ones if limited.
+
+    Args:
+        wrap_with: The id to put before and after the length - 2 tokens of each block; none for bare blocks.
+    """
+    inner = length if wrap_with is None else length - 2
+    count = len(stream) // inner
     if count == 0:
-        raise DataError(f"the held-out text has {len(stream)} tokens, fewer than one block of {length}")
-    blocks = stream[: count * length].reshape(count, length).astype(np.int64)
+        raise DataError(
+            f"the held-out text has {len(stream)} tokens, fewer than one block of {inner}; "
+            f"give more text or raise held_out_share"
+        )
+    blocks = stream[: count * inner].reshape(count, inner).astype(np.int64)
     if limit is not None and limit < count:
         blocks = blocks[np.linspace(0, count - 1, limit).astype(np.int64)]
+    if wrap_with is not None:
+        blocks = np.pad(blocks, ((0, 0), (1, 1)), constant_values=wrap_with)
     return torch.from_numpy(blocks)

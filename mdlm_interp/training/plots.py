@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mdlm_interp.atomic_files import replacing
+
 
 def plot_losses(log: Path, picture: Path) -> None:
-    """Draw training loss and held-out bound over steps from a log of JSON lines."""
+    """Draw training loss and held-out bound, in each form measured, over steps from a log of JSON lines."""
     from matplotlib.figure import Figure
 
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     trained = [(entry["step"], entry["loss_nats"]) for entry in entries if "loss_nats" in entry]
-    held_out = [(entry["step"], entry["held_out_nats"]) for entry in entries if "held_out_nats" in entry]
+    measured = [entry for entry in entries if "held_out_nats" in entry]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     if trained:
@@ -22,13 +24,14 @@ def plot_losses(log: Path, picture: Path) -> None:
             linewidth=0.8,
             label="training batches (mean between log lines)",
         )
-    if held_out:
+    for number, form in enumerate(dict.fromkeys(entry["form"] for entry in measured)):
+        points = [(entry["step"], entry["held_out_nats"]) for entry in measured if entry["form"] == form]
         axes.plot(
-            *zip(*held_out, strict=True),
-            color="C0",
+            *zip(*points, strict=True),
+            color=f"C{number}",
             marker="o",
             markersize=3,
-            label="held-out text, averaged weights",
+            label=f"held-out text, {form} sequences, averaged weights",
         )
     axes.set(
         xlabel="optimiser step",
@@ -37,4 +40,5 @@ def plot_losses(log: Path, picture: Path) -> None:
     )
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=130)
+    with replacing(picture) as partial:
+        figure.savefig(partial, dpi=130)

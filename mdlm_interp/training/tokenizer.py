@@ -12,6 +12,8 @@ from mdlm_interp.errors import DataError, OutputExistsError
 from mdlm_interp.tokenizers import END_OF_TEXT, Tokenizer
 from mdlm_interp.training.config import TokenizerConfig
 
+TOKENIZER = "tokenizer.json"
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn merges from texts; lossless on any UTF-8 because every byte is a token.
@@ -41,13 +43,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def refuse_existing(directory: Path) -> None:
+    """Raise OutputExistsError if the directory has a tokenizer."""
+    if (directory / TOKENIZER).exists():
+        raise OutputExistsError(
+            f"{directory / TOKENIZER} exists; choose another directory or remove it first"
+        )
+
+
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write tokenizer.json, never over another."""
-    if (directory / "tokenizer.json").exists():
-        raise OutputExistsError(
-            f"{directory / 'tokenizer.json'} exists; choose another directory or remove it first"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
+    refuse_existing(directory)
     tokenizer.save(directory)
 
 
@@ -56,9 +62,10 @@ def main(argv: list[str]) -> int:
     config = parse_args(
         TokenizerConfig, argv, prog="mdlm-interp train-tokenizer", positional=("files",), config_file=True
     )
+    refuse_existing(config.out)
     tokenizer = train_tokenizer(
         (document.text for document in read_documents(config.files)), config.vocab_size
     )
     save_tokenizer(tokenizer, config.out)
-    sys.stdout.write(f"{config.out / 'tokenizer.json'}: {tokenizer.vocab_size} ids\n")
+    sys.stdout.write(f"{config.out / TOKENIZER}: {tokenizer.vocab_size} ids\n")
     return 0

@@ -13,29 +13,37 @@ Source:
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mdlm_interp.arithmetic import NativeArithmetic
+from mdlm_interp.atomic_files import replacing, write_errors
 from mdlm_interp.diffusion import LogLinearSchedule, corrupt, nelbo_per_token, stratified_times
 from mdlm_interp.errors import CheckpointError, DataError
 from mdlm_interp.evaluation import Nelbo, nelbo
+from mdlm_interp.interrupts import deferred_interrupts
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.randomness import random_bits, uniforms
 from mdlm_interp.shapes import Float, Int64
 from mdlm_interp.tokenizers import Tokenizer
-from mdlm_interp.training.checkpoint import load_state, optimiser_tensors, restore_optimiser, save_state
-from mdlm_interp.training.config import TrainLMConfig
+from mdlm_interp.training.checkpoint import (
+    LOG,
+    open_run,
+    optimiser_tensors,
+    restore_optimiser,
+    run_record,
+    save_state,
+)
+from mdlm_interp.training.config import Form, TrainLMConfig
 from mdlm_interp.training.data import TokenStreams, WindowSampler, consecutive_blocks
 
-LOG = "log.jsonl"
 VALIDATION_SEED = 1
 
 
@@ -49,6 +57,7 @@ class Trainer:
                 f"{config.model.vocab_size}; they must be equal"
             )
         self.config = config
+        self.record = run_record(config, tokenizer, streams)
         self.model = HookedMDLM(config.model, NativeArithmetic(fused_attention=False), config.seed).train()
         # Batches come in few lengths, so each is compiled for itself.
         self._network = torch.compile(self.model, dynamic=False) if config.compile else self.model
@@ -75,9 +84,9 @@ class Trainer:
             wrap_share=config.wrap_share,
             short_share=config.short_share,
         )
-        self.held_out = consecutive_blocks(
-            streams.held_out, config.model.model_length, config.validation_sequences
-        )
+        self.tokens = 0
+        """Tokens that this object was trained on; a continued run counts from where it continues."""
+        self.held_out = held_out_blocks(config, tokenizer, streams, config.validation_sequences)
         self.step_number = 0
 
     def step(self) -> tuple[float, float]:
@@ -95,18 +104,25 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate(number)
         loss = self._loss(x_0, x_t, t)
-        if not bool(loss.isfinite()):
-            raise CheckpointError(
-                f"the loss of step {number} is {float(loss.detach())}; lower lr or raise warmup_steps "
-                f"and continue from the last checkpoint (batch {number} of seed {config.seed})"
-            )
+        self._refuse_diverged("loss", loss.detach())
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        # Before the weights take it up: a checkpoint of weights that are not finite could not be continued.
+        self._refuse_diverged("gradient's norm", norm)
         self.optimiser.step()
         self.step_number += 1
+        self.tokens += x_0.numel()
         self._update_average()
         return float(loss.detach()), float(norm)
+
+    def _refuse_diverged(self, what: str, value: Tensor) -> None:
+        if not bool(value.isfinite()):
+            raise CheckpointError(
+                f"the {what} of step {self.step_number} is {float(value)}; start anew in another out directory "
+                f"with a lower lr or a longer warmup_steps (batch {self.step_number} of seed "
+                f"{self.config.seed})"
+            )
 
     def _loss(
         self, x_0: Int64[Tensor, "batch pos"], x_t: Int64[Tensor, "batch pos"], t: Float[Tensor, " batch"]
@@ -126,9 +142,12 @@ class Trainer:
         currents: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averages, currents, 1.0 - decay)
 
-    def validate(self) -> Nelbo:
-        """The averaged weights' bound on held-out text, always at the same times and masks."""
-        return nelbo(self.average, self.held_out, seed=VALIDATION_SEED, times_per_sequence=2, batch_size=64)
+    def validate(self) -> dict[Form, Nelbo]:
+        """The averaged weights' bound on held-out text in each form, always at the same times and masks."""
+        return {
+            form: nelbo(self.average, blocks, seed=VALIDATION_SEED, times_per_sequence=2, batch_size=64)
+            for form, blocks in self.held_out.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a continued run needs."""
@@ -144,6 +163,21 @@ class Trainer:
                 parameter.copy_(tensors[prefix + name])
         restore_optimiser(self.optimiser, self.parameter_names, tensors)
         self.step_number = step_number
+
+
+def held_out_blocks(
+    config: TrainLMConfig, tokenizer: Tokenizer, streams: TokenStreams, limit: int | None = None
+) -> dict[Form, Int64[Tensor, "batch pos"]]:
+    """Held-out sequences in the forms that the config trains."""
+    return {
+        form: consecutive_blocks(
+            streams.held_out,
+            config.model.model_length,
+            limit,
+            wrap_with=tokenizer.eos_id if form == "wrapped" else None,
+        )
+        for form in config.forms
+    }
 
 
 @contextmanager
@@ -163,31 +197,31 @@ def train(
     """Run to config.steps, continuing the run found in config.out.
 
     Raises:
-        CheckpointError: If config.out holds a run with other settings, or the loss is not finite.
+        CheckpointError: If config.out holds a run with other settings or text, or the loss is not finite.
+        OutputExistsError: If config.out holds files of another origin that would be lost.
+        WriteError: If the disk is full, read-only or failing; the last checkpoint stays.
+        KeyboardInterrupt: After saving a checkpoint, on Ctrl-C or SIGTERM between two steps.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, tokenizer, streams)
-    saved = load_state(config.out, config)
+    saved = open_run(config.out, trainer.record)
     if saved is not None:
         trainer.restore(*saved)
     _trim_log(config.out / LOG, trainer.step_number)
-    with (config.out / LOG).open("a", encoding="utf-8") as log:
-        _loop(trainer, log, progress)
+    _loop(trainer, progress)
     return trainer
 
 
-def _loop(trainer: Trainer, log: TextIO, progress: bool) -> None:
-    config = trainer.config
-    bar = tqdm(
-        total=config.steps,
-        initial=trainer.step_number,
-        desc="train",
-        unit="step",
-        disable=None if progress else True,
-    )
+def _loop(trainer: Trainer, progress: bool) -> None:
+    config, log = trainer.config, trainer.config.out / LOG
+    hidden = None if progress else True
     losses: list[float] = []
-    since = time.perf_counter()
-    try:
+    since, counted = time.perf_counter(), 0
+    with (
+        deferred_interrupts() as interrupted,
+        tqdm(
+            total=config.steps, initial=trainer.step_number, desc="train", unit="step", disable=hidden
+        ) as bar,
+    ):
         while trainer.step_number < config.steps:
             loss, norm = trainer.step()
             losses.append(loss)
@@ -195,43 +229,45 @@ def _loop(trainer: Trainer, log: TextIO, progress: bool) -> None:
             number, last = trainer.step_number, trainer.step_number == config.steps
             if number % config.log_every == 0 or last:
                 mean = sum(losses) / len(losses)
-                rate = (
-                    len(losses)
-                    * config.batch_size
-                    * config.model.model_length
-                    / (time.perf_counter() - since)
-                )
-                entry = {
-                    "step": number,
-                    "loss_nats": mean,
-                    "grad_norm": norm,
-                    "lr": config.learning_rate(number - 1),
-                }
-                _write(log, {**entry, "tokens_per_s": round(rate)})
+                rate = (trainer.tokens - counted) / (time.perf_counter() - since)
+                lr = config.learning_rate(number - 1)
+                entry = {"step": number, "loss_nats": mean, "grad_norm": norm, "lr": lr}
+                _append(log, {**entry, "tokens_per_s": round(rate)})
                 bar.set_postfix(loss=f"{mean:.3f}", tok_s=f"{rate:,.0f}")
-                losses, since = [], time.perf_counter()
+                losses, since, counted = [], time.perf_counter(), trainer.tokens
             if number % config.validate_every == 0 or last:
-                bound = trainer.validate()
-                _write(
-                    log,
-                    {"step": number, "held_out_nats": bound.nats_per_token, "error": bound.standard_error},
-                )
-                since = time.perf_counter()
-            if number % config.checkpoint_every == 0 or last:
-                save_state(config.out, number, config, trainer.tensors())
-    finally:
-        bar.close()
+                for form, bound in trainer.validate().items():
+                    error = finite(bound.standard_error)
+                    measured = {"form": form, "held_out_nats": bound.nats_per_token, "error": error}
+                    _append(log, {"step": number, **measured})
+                since, counted = time.perf_counter(), trainer.tokens
+            stop = interrupted()
+            if number % config.checkpoint_every == 0 or last or stop:
+                save_state(config.out, number, trainer.record, trainer.tensors())
+            if stop:
+                break
+        if interrupted():
+            raise KeyboardInterrupt
 
 
-def _write(log: TextIO, entry: Mapping[str, float | int]) -> None:
-    log.write(json.dumps(entry) + "\n")
-    log.flush()
+def finite(value: float) -> float | None:
+    """The value as JSON can hold it: a mean over nothing is null."""
+    return value if math.isfinite(value) else None
+
+
+def _append(log: Path, entry: Mapping[str, int | float | str | None]) -> None:
+    with write_errors(log), log.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
 def _trim_log(path: Path, step: int) -> None:
     """Drop the lines that an interrupted run wrote after its last checkpoint; they will be written again."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    # A line that a full disk or a kill cut off has no closing brace.
+    lines = [line for line in text.splitlines() if line.endswith("}")]
+    kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+    if kept != text:
+        with replacing(path) as partial:
+            partial.write_text(kept, encoding="utf-8")

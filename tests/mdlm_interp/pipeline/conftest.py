@@ -9,6 +9,8 @@ import torch
 
 from mdlm_interp import HookedMDLM, MDLMConfig
 from mdlm_interp.tokenizers import Tokenizer
+from mdlm_interp.training.config import TrainLMConfig
+from mdlm_interp.training.data import TokenStreams, read_streams
 from mdlm_interp.training.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 300
@@ -70,3 +72,31 @@ def model_directory(
     tiny_model.save_pretrained(directory)
     tokenizer.save(directory)
     return directory
+
+
+@pytest.fixture
+def config(tmp_path: Path, text_file: Path, tiny_config: MDLMConfig) -> TrainLMConfig:
+    """A training run of seconds."""
+    return TrainLMConfig(
+        files=(text_file,),
+        tokenizer=Path("unused"),
+        out=tmp_path / "run",
+        model=tiny_config,
+        steps=12,
+        batch_size=4,
+        lr=3e-3,
+        warmup_steps=2,
+        ema_decay=0.5,
+        wrap_share=0.5,
+        short_share=0.3,
+        held_out_share=0.2,
+        validate_every=100,
+        validation_sequences=8,
+        checkpoint_every=5,
+        log_every=3,
+    )
+
+
+@pytest.fixture
+def streams(text_file: Path, tokenizer: Tokenizer) -> TokenStreams:
+    return read_streams([text_file], tokenizer, 0.2)

@@ -74,7 +74,14 @@ def test_the_unigram_is_smoothed_counts():
     assert unigram_nats(train, blocks, 3) == pytest.approx(expected)
 
 
-def test_the_bigram_equals_a_table_written_out():
+def test_the_end_of_texts_around_a_wrapped_block_cost_the_unigram_nothing():
+    train = np.array([0, 0, 1], np.uint16)
+    expected = -math.log(1.5 / 4.5) / 3
+    assert unigram_nats(train, np.array([[0, 1, 0]]), 3, wrapped=True) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_bigram_equals_a_table_written_out(wrapped):
     generator = np.random.default_rng(0)
     train = generator.integers(0, 6, 500).astype(np.uint16)
     blocks = generator.integers(0, 7, (3, 9))
@@ -86,10 +93,10 @@ def test_the_bigram_equals_a_table_written_out():
     for prior in (5.0, 20.0, 50.0, 100.0, 200.0, 400.0, 800.0):
         total = 0.0
         for row in blocks:
-            total -= math.log(unigram[row[0]])
-            for before, after in pairwise(row):
+            total -= 0.0 if wrapped else math.log(unigram[row[0]])
+            for before, after in pairwise(row[:-1] if wrapped else row):
                 total -= math.log(
                     (table[before, after] + prior * unigram[after]) / (table[before].sum() + prior)
                 )
         best = min(best, total)
-    assert bigram_nats(train, blocks, 7) == pytest.approx(best / blocks.size)
+    assert bigram_nats(train, blocks, 7, wrapped=wrapped) == pytest.approx(best / blocks.size)

@@ -77,8 +77,10 @@ def test_training_from_the_command_line_ends_in_a_model_that_loads(capsys, tmp_p
     assert code == 0
     for name in ("unigram", "bigram", "model"):
         assert f"\n{name} " in out
+    assert "held-out text, wrapped sequences: an end-of-text at both ends, as trained\n" in out
     record = json.loads((model / "training.json").read_text())
-    assert record["held_out"]["nats_per_token"]["model"] > 0
+    assert list(record["held_out"]) == ["wrapped"]
+    assert record["held_out"]["wrapped"]["nats_per_token"]["model"] > 0
     assert str(tmp_path) not in json.dumps(record)
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
     loaded = HookedMDLM.from_pretrained(model)
