@@ -1,7 +1,8 @@
 """A transcoder as a directory, and the state of a training run.
 
-    config.json          format, shape and hook points, provenance (run, store and model by hash)
-    clt.safetensors      W_enc, b_enc, W_dec.0 ..., b_dec and the normalisation, float32
+    config.json                       format, shape and hook points, provenance (run, store and model by hash)
+    clt.safetensors                   W_enc, b_enc, W_dec.0 ..., b_dec and the normalisation, float32
+    training_sequences.safetensors    hashes of the text it was trained on, int64; absent if that is not known
 
 Every file is complete and on disk before it gets its name, and config.json comes last: a directory
 without it is no transcoder. A training state is such a directory with the optimiser's tensors and the
@@ -11,18 +12,20 @@ loop's position beside it; it is renamed into place as a whole.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mdlm_interp.atomic_files import PREFIX, replacing, replacing_directory
 from mdlm_interp.config_files import from_mapping, to_mapping
 from mdlm_interp.errors import CheckpointError, ConfigError, OutputExistsError, nearest
 from mdlm_interp.model import HookedMDLM
@@ -34,19 +37,27 @@ FORMAT = "mdlm-interp clt"
 VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "clt.safetensors"
+SEQUENCES = "training_sequences.safetensors"
 OPTIMISER = "optimiser.safetensors"
 LOOP = "loop.json"
 CHECKPOINTS = "checkpoints"
-PARTIAL = ".partial"
 
 
 def save_clt(clt: CrossLayerTranscoder, directory: str | Path) -> None:
-    """Write config.json and clt.safetensors; never over an existing transcoder."""
+    """Write a transcoder's files; never over an existing transcoder.
+
+    Raises:
+        OutputExistsError: If the directory holds one.
+        WriteError: If the disk is full or failing; no transcoder is there then.
+    """
     directory = Path(directory)
     if (directory / CONFIG).exists():
         raise OutputExistsError(f"{directory / CONFIG} exists; save to another directory or remove it first")
-    directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / WEIGHTS, clt.state_dict())
+    if clt.training_sequences is None:
+        (directory / SEQUENCES).unlink(missing_ok=True)  # of a save that failed half-way
+    else:
+        write_tensors(directory / SEQUENCES, {"hashes": torch.from_numpy(clt.training_sequences)})
     stored = {
         "format": FORMAT,
         "version": VERSION,
@@ -85,6 +96,7 @@ def load_clt(
     clt.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
     clt.requires_grad_(True)
     clt.provenance = provenance
+    clt.training_sequences = _read_sequences(directory / SEQUENCES)
     if isinstance(model, HookedMDLM):
         check_model(clt, model)
     elif model is not None:
@@ -133,21 +145,30 @@ def _check_tensor(
         raise CheckpointError(f"{name} in {file} has values that are not finite; the file is damaged")
 
 
+def _read_sequences(path: Path) -> NDArray[np.int64] | None:
+    if not path.exists():
+        return None
+    hashes = read_tensors(path).get("hashes")
+    if hashes is None or hashes.dtype != torch.int64 or hashes.ndim != 1:
+        raise CheckpointError(f"{path} must hold one row of int64 'hashes'; restore it from a copy")
+    return np.asarray(hashes.numpy())
+
+
 def save_training_state(
     out: Path, clt: CrossLayerTranscoder, optimiser: Mapping[str, Tensor], loop: Mapping[str, Any]
 ) -> Path:
-    """Write the state after loop["step"] steps and remove older ones; returns its directory."""
+    """Write the state after loop["step"] steps and remove older ones; returns its directory.
+
+    Raises:
+        WriteError: If the disk is full or failing; the older states are still there then.
+    """
     final = out / CHECKPOINTS / f"step-{loop['step']:08d}"
-    partial = final.with_name(final.name + PARTIAL)
-    for left_over in (partial, final):
-        shutil.rmtree(left_over, ignore_errors=True)
-    save_clt(clt, partial)
-    write_tensors(partial / OPTIMISER, optimiser)
-    write_json(partial / LOOP, loop)
-    os.replace(partial, final)
-    _sync_directory(final.parent)
+    with replacing_directory(final) as partial:
+        save_clt(clt, partial)
+        write_tensors(partial / OPTIMISER, optimiser)
+        write_json(partial / LOOP, loop)
     for other in final.parent.iterdir():
-        if other != final and re.fullmatch(r"step-\d{8}(\.partial)?", other.name):
+        if other != final and re.fullmatch(rf"({re.escape(PREFIX)})?step-\d{{8}}", other.name):
             shutil.rmtree(other)
     return final
 
@@ -160,16 +181,14 @@ def latest_training_state(out: Path) -> Path | None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file under its final name only when it is complete and on disk."""
-    partial = path.with_name(path.name + PARTIAL)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    _finish(partial, path)
+    with replacing(path) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """A JSON file under its final name only when it is complete and on disk."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _finish(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -181,6 +200,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (no mapping)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -189,23 +210,10 @@ def read_json(path: Path) -> dict[str, Any]:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path.parent} has no {path.name}; is it a transcoder's directory?") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(stored).__name__}")
     return stored
-
-
-def _finish(partial: Path, path: Path) -> None:
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdlm_interp.config_args import parse_args
-from mdlm_interp.errors import ConfigError
 from mdlm_interp.program import invocation
-from transcoder.config import METRICS, CLTRunConfig, torch_device
+from transcoder.config import METRICS, CLTRunConfig, require_apart, require_at_least_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +18,7 @@ class EvalConfig:
     clt: Path
     """Directory of the transcoder."""
     store: Path
-    """Activation store; of the one it was trained on, only the held-out sequences are used."""
+    """Activation store of the same model; sequences whose text it was trained on are left out."""
     out: Path | None = None
     """Directory for the report; none takes the directory eval inside the transcoder's."""
     model: str = "bundled"
@@ -32,10 +31,8 @@ class EvalConfig:
     """Sequences per forward pass; it changes results by rounding only."""
 
     def __post_init__(self) -> None:
-        for name in ("max_sequences", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        require_at_least_one(self, ("max_sequences", "batch_size"))
+        require_apart(self.out, self.store)
 
 
 def train(argv: Sequence[str]) -> int:
@@ -44,8 +41,8 @@ def train(argv: Sequence[str]) -> int:
         CLTRunConfig, argv, prog="mdlm-interp clt train", positional=("store",), config_file=True
     )
     from transcoder.checkpoint import latest_training_state
-    from transcoder.report import read_log
     from transcoder.run import train as run
+    from transcoder.training_log import read_log
 
     try:
         clt = run(config, progress=True)
@@ -54,12 +51,12 @@ def train(argv: Sequence[str]) -> int:
         if saved is not None:
             print(f"the state is saved in {saved}; the same command continues from there")
         raise
-    last = read_log(config.out / METRICS)[-1]
     print(f"{config.out}: {clt.extra_repr()}")
-    print(
-        f"after {last['step']} steps on {last['rows']:,} rows: FVU {last['fvu']:.3f}, "
-        f"L0 {last['l0']:.1f} per layer, {last['dead']} dead features"
-    )
+    for last in read_log(config.out / METRICS)[-1:]:
+        print(
+            f"after {last['step']} steps on {last['rows']:,} rows: FVU {last['fvu']:.3f}, "
+            f"L0 {last['l0']:.1f} per layer, {last['dead']} dead features"
+        )
     print(f"next: {invocation()} clt eval {config.out} {config.store} --model {_model_of(config.store)}")
     return 0
 
@@ -70,16 +67,19 @@ def evaluate(argv: Sequence[str]) -> int:
         EvalConfig, argv, prog="mdlm-interp clt eval", positional=("clt", "store"), config_file=True
     )
     from capture import open_store
+    from mdlm_interp.devices import usable_device
     from mdlm_interp.model import HookedMDLM
     from transcoder.checkpoint import load_clt
     from transcoder.evaluation import evaluate as run
-    from transcoder.report import layer_table, refuse_existing, summary, write_report
+    from transcoder.report import layer_table, origin, refuse_existing, summary, write_report
+    from transcoder.training_log import read_log
 
     out = config.out or config.clt / "eval"
     refuse_existing(out)
-    device = torch_device(config.device)
+    device = usable_device(config.device)
     store = open_store(config.store)
     clt = load_clt(config.clt, config.model, device=device)
+    log = read_log(config.clt / METRICS)
     model = HookedMDLM.from_pretrained(config.model, device=device)
     evaluation = run(
         model, clt, store, max_sequences=config.max_sequences, batch_size=config.batch_size, progress=True
@@ -89,10 +89,10 @@ def evaluate(argv: Sequence[str]) -> int:
         "shape": clt.extra_repr(),
         "model": config.model,
         "store": str(config.store),
+        **origin(clt, store),
     }
-    files = write_report(evaluation, out, about=about, training_log=config.clt / METRICS)
-    print("\n".join(layer_table(evaluation)))
-    print("\n".join(summary(evaluation)))
+    print("\n".join([*layer_table(evaluation), *summary(evaluation)]), flush=True)
+    files = write_report(evaluation, out, about=about, training_log=log)
     print("wrote " + ", ".join(str(file) for file in files))
     return 0
 

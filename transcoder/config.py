@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from mdlm_interp.config_fields import presets, shown
 from mdlm_interp.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 LAYER_FIELD = "{layer}"
 METRICS = "metrics.jsonl"
@@ -34,16 +35,9 @@ class TranscoderConfig:
     """Hook point whose activation the decoders reconstruct."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "n_features", "k"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.k > self.n_features:
-            raise ConfigError(
-                f"k must be at most n_features, got k {self.k} and n_features {self.n_features}"
-            )
-        for name in ("input_hook", "output_hook"):
-            if LAYER_FIELD not in getattr(self, name):
-                raise ConfigError(f"{name} must contain {LAYER_FIELD}, got {getattr(self, name)!r}")
+        require_at_least_one(self, ("n_layers", "d_model"))
+        require_k_features(self)
+        require_hooks(self)
 
     @property
     def input_hooks(self) -> tuple[str, ...]:
@@ -65,21 +59,49 @@ def hook_names(template: str, n_layers: int) -> tuple[str, ...]:
     return tuple(template.replace(LAYER_FIELD, str(layer)) for layer in range(n_layers))
 
 
-def torch_device(name: str) -> torch.device:
-    """The device of that name.
+def require_at_least_one(config: Any, names: Sequence[str]) -> None:
+    """Raise ConfigError unless these fields of a config are whole numbers from 1, or None where that is off."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}; {_remedy(config, name)}")
 
-    Raises:
-        ConfigError: If there is no such device here.
-    """
-    import torch
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device must be cpu, cuda or the like, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, but torch finds no CUDA device; use cpu")
-    return device
+def require_in(config: Any, name: str, rule: str, holds: bool) -> None:
+    """Raise ConfigError with the rule that a field breaks."""
+    if not holds:
+        raise ConfigError(f"{name} must be {rule}, got {getattr(config, name)}; {_remedy(config, name)}")
+
+
+def require_k_features(config: Any) -> None:
+    """Raise ConfigError unless k of n_features can be active at once."""
+    require_at_least_one(config, ("n_features", "k"))
+    if config.k > config.n_features:
+        raise ConfigError(
+            f"k must be at most n_features, got k {config.k} and n_features {config.n_features}; "
+            f"lower k or raise n_features"
+        )
+
+
+def require_hooks(config: Any) -> None:
+    """Raise ConfigError unless both hook points have a place for the block's number."""
+    for name in ("input_hook", "output_hook"):
+        holds = LAYER_FIELD in getattr(config, name)
+        require_in(config, name, f"a hook point with {LAYER_FIELD} for the block's number", holds)
+
+
+def require_apart(out: Path | None, store: Path) -> None:
+    """Raise ConfigError if output would go into an activation store."""
+    if out is None:
+        return
+    place, inside = Path(os.path.abspath(store)), Path(os.path.abspath(out))
+    if place in (inside, *inside.parents):
+        raise ConfigError(f"out must lie outside the store {store}, got {out}; choose another directory")
+
+
+def _remedy(config: Any, name: str) -> str:
+    preset = presets(type(config))[name]
+    return "give a number from 1" if preset is MISSING else f"leave it out for {shown(preset)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +138,7 @@ class TrainConfig:
     """Steps between saved states; the state is also saved when the run is interrupted."""
 
     def __post_init__(self) -> None:
-        at_least_one = (
+        counts = (
             "steps",
             "batch_size",
             "dead_after_tokens",
@@ -124,22 +146,18 @@ class TrainConfig:
             "log_every",
             "checkpoint_every",
         )
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "auxk_alpha", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not self.lr > 0.0:
-            raise ConfigError(f"lr must be above 0, got {self.lr}")
-        if not 0.0 <= self.decay_fraction <= 1.0:
-            raise ConfigError(f"decay_fraction must be in [0, 1], got {self.decay_fraction}")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ConfigError(f"betas must be in [0, 1), got {self.betas}")
-        for name in ("grad_clip", "auxk"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be above 0, got {value}; none switches it off")
+        require_at_least_one(self, counts)
+        require_in(self, "warmup_steps", "at least 0", self.warmup_steps >= 0)
+        require_in(self, "seed", "in [0, 2**64)", 0 <= self.seed < 2**64)
+        # Written so that nan breaks them too.
+        require_in(self, "lr", "above 0 and finite", 0.0 < self.lr < math.inf)
+        require_in(self, "auxk_alpha", "at least 0 and finite", 0.0 <= self.auxk_alpha < math.inf)
+        require_in(self, "decay_fraction", "in [0, 1]", 0.0 <= self.decay_fraction <= 1.0)
+        require_in(self, "betas", "in [0, 1)", all(0.0 <= beta < 1.0 for beta in self.betas))
+        revives = self.auxk is None or self.auxk >= 1
+        require_in(self, "auxk", "at least 1, or none, which switches it off", revives)
+        clips = self.grad_clip is None or 0.0 < self.grad_clip < math.inf
+        require_in(self, "grad_clip", "above 0 and finite, or none, which does not clip", clips)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -173,5 +191,7 @@ class CLTRunConfig:
     """The optimisation."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.held_out_fraction < 1.0:
-            raise ConfigError(f"held_out_fraction must be in (0, 1), got {self.held_out_fraction}")
+        require_k_features(self)
+        require_hooks(self)
+        require_in(self, "held_out_fraction", "in (0, 1)", 0.0 < self.held_out_fraction < 1.0)
+        require_apart(self.out, self.store)

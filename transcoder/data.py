@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -59,8 +59,23 @@ class RowStore(Protocol):
         ...
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """How the store was captured."""
+        ...
+
+    @property
     def provenance(self) -> Mapping[str, Any]:
         """Where the activations come from: the model's weights, the text, versions."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether the capture ran to its end."""
+        ...
+
+    @property
+    def manifest(self) -> Any:
+        """What the store will hold when it is complete: `planned_rows`."""
         ...
 
     def read(self, rows: Any, hooks: Any) -> Mapping[str, Tensor]:
@@ -84,12 +99,38 @@ class RowStore(Protocol):
         ...
 
 
+class Coverage(NamedTuple):
+    """How much of a planned capture a store holds."""
+
+    committed_rows: int
+    planned_rows: int
+    complete: bool
+
+    def __str__(self) -> str:
+        """One sentence for a warning or a report, without a full stop."""
+        rows = f"{self.committed_rows:,} of {self.planned_rows:,} planned rows"
+        state = "complete" if self.complete else "INCOMPLETE, its capture did not run to the end"
+        return f"{rows} ({state})"
+
+
+def coverage(store: RowStore) -> Coverage:
+    """Committed and planned rows of a store."""
+    return Coverage(len(store), store.planned_rows, store.complete)
+
+
 def infer_shape(store: RowStore, input_hook: str, output_hook: str) -> tuple[int, int]:
     """Number of layers and d_model of a store that holds both hook points of every layer.
 
     Raises:
-        StoreError: If a hook point is missing.
+        StoreError: If a hook point is missing, or the store does not hold every position of equal sequences.
     """
+    for field, needed in (("positions", "all"), ("pack", "blocks")):
+        found = store.config.get(field, needed)
+        if found != needed:
+            raise StoreError(
+                f"a transcoder is trained and judged on whole sequences, and the store was captured with {field} "
+                f"{found!r}; capture with {field} {needed!r}"
+            )
     present = set(store.hooks)
     n_layers = 0
     while hook_names(output_hook, n_layers + 1)[-1] in present:

@@ -23,18 +23,19 @@ import torch
 from capture import CaptureConfig, open_store, run_capture
 from mdlm_interp.config_args import parse_args
 from mdlm_interp.diffusion import LogLinearSchedule
-from mdlm_interp.errors import ConfigError, OutputExistsError
+from mdlm_interp.errors import OutputExistsError
 from mdlm_interp.filling import encode_prompt, fill_masks
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
 from transcoder import demo_report
-from transcoder.config import METRICS, CLTRunConfig, TrainConfig
+from transcoder.config import METRICS, CLTRunConfig, TrainConfig, require_at_least_one, require_k_features
 from transcoder.effects import PredictionEffects, feature_effects
 from transcoder.evaluation import Evaluation, evaluate
 from transcoder.model import CrossLayerTranscoder
 from transcoder.replacement import ReplacementModel
-from transcoder.report import layer_table, read_log, summary, write_report
+from transcoder.report import layer_table, origin, summary, write_report
 from transcoder.run import train
+from transcoder.training_log import read_log
 
 SENTENCES = (
     "Tom had a small [MASK] and he loved to play with it in the garden.",
@@ -56,6 +57,8 @@ class DemoConfig:
     """Directory for everything made; none takes mdlm-demo, or mdlm-demo-2 and so on if that is there."""
     model: str = "bundled"
     """Model directory, hub id, or "bundled" for the small model in this package."""
+    max_sequences: int | None = None
+    """Sequences of the packaged text to capture; none takes all."""
     n_features: int = 512
     """Features of each layer of the transcoder."""
     k: int = 16
@@ -66,13 +69,8 @@ class DemoConfig:
     """Features to ablate one by one in step 5."""
 
     def __post_init__(self) -> None:
-        for name in ("n_features", "k", "train_steps", "n_ablations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.k > self.n_features:
-            raise ConfigError(
-                f"k must be at most n_features, got k {self.k} and n_features {self.n_features}"
-            )
+        require_at_least_one(self, ("max_sequences", "train_steps", "n_ablations"))
+        require_k_features(self)
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,9 @@ def _run(work: Workspace) -> tuple[Evaluation, PredictionEffects, list[Path]]:
         effects = _examine(work, clt)
     with _step(6, "save the report and plots"):
         about = {"transcoder": str(work.clt), "model": work.config.model, "store": str(work.store)}
-        files = write_report(evaluation, work.out / "report", about=about, training_log=work.clt / METRICS)
+        about |= origin(clt, open_store(work.store))
+        log = read_log(work.clt / METRICS)
+        files = write_report(evaluation, work.out / "report", about=about, training_log=log)
         files += demo_report.save_effects(effects, work.tokenizer, work.out / "report")
         print("\n".join(str(file) for file in files))
     return evaluation, effects, files
@@ -166,7 +166,10 @@ def _step(number: int, title: str) -> Iterator[None]:
 
 def _capture(work: Workspace) -> None:
     text = Path(str(resources.files("mdlm_interp.assets") / "demo.txt"))
-    store = run_capture(CaptureConfig(model=work.config.model, files=(text,), out=work.store), progress=True)
+    config = CaptureConfig(
+        model=work.config.model, files=(text,), out=str(work.store), max_sequences=work.config.max_sequences
+    )
+    store = run_capture(config, progress=True)
     masked = float(store.coords(slice(None))["is_masked"].double().mean())
     print(
         f"{len(store):,} tokens of {text.name}, {masked:.0%} of them masked, x {len(store.hooks)} hook "

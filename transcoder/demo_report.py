@@ -6,14 +6,20 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mdlm_interp.atomic_files import replacing
 from mdlm_interp.filling import FillResult
 from mdlm_interp.program import invocation
 from mdlm_interp.tokenizers import Tokenizer
 from transcoder.checkpoint import write_json
 from transcoder.effects import FeatureEffect, PredictionEffects
 from transcoder.evaluation import MEAN, ORIGINAL, REPLACED, ZERO, Evaluation
-from transcoder.report import DOTS_PER_INCH, new_figure, table
+from transcoder.plots import DOTS_PER_INCH, new_figure
+from transcoder.report import MEAN_NOTE, mean_fvu, number, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 6
 """Features listed and plotted."""
@@ -22,24 +28,24 @@ SHOWN = 6
 def filled(sentence: str, result: FillResult) -> list[str]:
     """A sentence, its completion, and the best candidates of each mask."""
     lines = [f"  {sentence}", f"    -> {result.text.strip()}"]
-    for number, mask in enumerate(result.masks, 1):
-        words = ", ".join(f"{word.strip() or repr(word)} {probability:.0%}" for word, probability in mask.top)
-        lines.append(f"    mask {number}: {words}")
+    for index, mask in enumerate(result.masks, 1):
+        words = ", ".join(f"{readable(text)} {probability:.0%}" for text, probability in mask.top)
+        lines.append(f"    mask {index}: {words}")
     return lines
 
 
 def effects(sentence: str, ids: Sequence[int], found: PredictionEffects, tokenizer: Tokenizer) -> list[str]:
     """The features that a prediction depends on, and the prediction without the first of them."""
-    word = tokenizer.token(found.token)
+    word = readable(tokenizer.token(found.token))
     lines = [
         f"  {sentence}",
-        f"  the model's first choice: {word!r}. Ablating one feature at one position:",
+        f"  the model's first choice at position {found.position}: {word}. Ablating one feature at one position:",
         "",
     ]
     rows = [
         [
             _name(effect),
-            repr(tokenizer.token(ids[effect.position])),
+            f"{readable(tokenizer.token(ids[effect.position]))} at {effect.position}",
             f"{effect.activation:.2f}",
             f"{effect.attribution:+.3f}",
             f"{effect.logit_change:+.3f}",
@@ -47,7 +53,7 @@ def effects(sentence: str, ids: Sequence[int], found: PredictionEffects, tokeniz
         ]
         for effect in found.effects[:SHOWN]
     ]
-    head = ["feature", "token", "activation", "estimated", "log-odds change", f"P({word.strip()})"]
+    head = ["feature", "token at position", "activation", "estimated", "log-odds change", f"P({word})"]
     lines += ["  " + line for line in table(head, rows)]
     if found.effects:
         lines += ["", f"  likeliest words before and after ablating {_name(found.effects[0])}:"]
@@ -58,7 +64,7 @@ def effects(sentence: str, ids: Sequence[int], found: PredictionEffects, tokeniz
 def top_table(found: PredictionEffects, tokenizer: Tokenizer) -> list[str]:
     """The likeliest tokens side by side."""
     rows = [
-        [repr(tokenizer.token(before)), f"{p:.1%}", repr(tokenizer.token(after)), f"{q:.1%}"]
+        [readable(tokenizer.token(before)), f"{p:.1%}", readable(tokenizer.token(after)), f"{q:.1%}"]
         for (before, p), (after, q) in zip(found.top_before, found.top_after, strict=True)
     ]
     return table(["before", "", "after", ""], rows)
@@ -71,21 +77,21 @@ def overview(
     layers = evaluation.layers["all"]
     n_layers, features = len(layers), evaluation.density.size
     rows = [
-        ["variance of MLP outputs explained, held out", f"{1 - sum(m.fvu for m in layers) / n_layers:.1%}"],
+        ["variance of MLP outputs explained, held out", mean_fvu(evaluation, explained=True)],
         ["active features per layer and token", f"{sum(m.l0 for m in layers) / n_layers:.1f}"],
         ["features never active on held-out text", f"{sum(m.dead for m in layers)} of {features}"],
-        ["NELBO of the model, nats per token", f"{evaluation.conditions[ORIGINAL].nelbo:.3f}"],
-        ["  change with all MLPs replaced", f"{evaluation.delta_nelbo(REPLACED):+.3f}"],
-        ["  change with all MLPs at their mean", f"{evaluation.delta_nelbo(MEAN):+.3f}"],
-        ["  change with all MLPs at zero", f"{evaluation.delta_nelbo(ZERO):+.3f}"],
-        ["share of the MLPs' contribution recovered", f"{evaluation.share_recovered:.1%}"],
+        ["NELBO of the model, nats per token", number(evaluation.conditions[ORIGINAL].nelbo, ".3f")],
+        ["  change with all MLPs replaced", number(evaluation.delta_nelbo(REPLACED), "+.3f")],
+        ["  change with all MLPs at their mean", number(evaluation.delta_nelbo(MEAN), "+.3f")],
+        ["  change with all MLPs at zero", number(evaluation.delta_nelbo(ZERO), "+.3f")],
+        ["share of the MLPs' contribution recovered", number(evaluation.share_recovered, ".1%")],
     ]
     if found.effects:
         best = found.effects[0]
         change = f"{best.probability_before:.1%} -> {best.probability_after:.1%}"
-        rows.append([f"P({tokenizer.token(found.token).strip()}) without {_name(best)}", change])
+        rows.append([f"P({readable(tokenizer.token(found.token))}) without {_name(best)}", change])
     rows += [["report", str(report)], ["took", f"{seconds:.0f} s"]]
-    return table(["what", "result"], rows)
+    return [*table(["what", "result"], rows), "", MEAN_NOTE]
 
 
 def next_commands(out: Path, model: str, sentence: str) -> list[str]:
@@ -123,19 +129,39 @@ def save_effects(found: PredictionEffects, tokenizer: Tokenizer, directory: Path
     }
     files = [directory / "effects.json", directory / "effects.png"]
     write_json(files[0], content)
+    with replacing(files[1]) as partial:
+        plot_effects(found, tokenizer).savefig(partial, dpi=DOTS_PER_INCH)
+    return files
+
+
+def plot_effects(found: PredictionEffects, tokenizer: Tokenizer) -> Figure:
+    """Measured and estimated effects of the features that matter most."""
     figure, axes = new_figure()
     shown = found.effects[: 2 * SHOWN][::-1]
     numbers = range(len(shown))
     axes.barh([n + 0.2 for n in numbers], [e.logit_change for e in shown], 0.38, label="ablated")
     axes.barh([n - 0.2 for n in numbers], [e.attribution for e in shown], 0.38, label="first-order estimate")
-    axes.set_yticks(list(numbers), [f"{_name(effect)} at {effect.position}" for effect in shown])
+    axes.set_yticks(list(numbers), [f"{_name(effect)}, position {effect.position}" for effect in shown])
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("change of the log-odds (nats)")
-    axes.set_ylabel("feature and position")
-    axes.set_title(f"Ablating one feature: effect on {tokenizer.token(found.token)!r} at {found.position}")
+    axes.set_ylabel("feature, and where it is ablated (counted from 0)")
+    word = readable(tokenizer.token(found.token))
+    title = f"Ablating one feature: effect on “{word}” at position {found.position}"
+    axes.set_title(title, parse_math=False)  # a token may have dollar signs
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(files[1], dpi=DOTS_PER_INCH)
-    return files
+    return figure
+
+
+def readable(text: str) -> str:
+    """A token's text as a word in a sentence: without the space that it begins with.
+
+    >>> readable(" park"), readable(" "), readable("\\ufffd")
+    ('park', "' '", 'part of a character')
+    """
+    if "\ufffd" in text:
+        return "part of a character"
+    word = text.strip()
+    return word if word and word.isprintable() else repr(text)
 
 
 def _name(effect: FeatureEffect) -> str:

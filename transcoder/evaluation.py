@@ -10,11 +10,11 @@ Every condition sees the same noised sequences, so differences between condition
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +26,17 @@ from mdlm_interp.diffusion import LogLinearSchedule, corrupt, sequence_times
 from mdlm_interp.errors import DataError
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.shapes import Float, Float64, Int64
-from transcoder.data import RowStore, split_sequences
+from transcoder.data import RowStore
+from transcoder.held_out import held_out_sequences
+from transcoder.identity import check_store
 from transcoder.metrics import STRATA, LayerMetrics, ReconstructionMetrics
 from transcoder.model import CrossLayerTranscoder
 from transcoder.replacement import ReplacementModel
 
 ORIGINAL, REPLACED, ZERO, MEAN = "original", "replaced", "zero ablation", "mean ablation"
+
+LEAST_COST = 0.02
+"""Nats per token that ablating to zero must cost for the share of it that is recovered to be a figure."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Evaluation:
     n_sequences: int
     n_positions: int
     n_masked: int
+    n_excluded: int | None
+    """Sequences of the store that are left out as training text; None if the caller chose the sequences."""
     layers: Mapping[str, list[LayerMetrics]]
     """Reconstruction by stratum ("all", "unmasked", "masked") and layer."""
     density: NDArray[np.float64]
@@ -89,7 +96,10 @@ class Evaluation:
 
     @property
     def share_recovered(self) -> float:
-        """(zero - replaced) / (zero - original) in the bound: 1 loses nothing, 0 is as bad as no MLPs."""
+        """(zero - replaced) / (zero - original) in the bound: 1 loses nothing, 0 is as bad as no MLPs.
+
+        nan where `undefined` says why.
+        """
         return _share(self.conditions[ORIGINAL], self.conditions[REPLACED], self.conditions[ZERO])
 
     @property
@@ -99,6 +109,28 @@ class Evaluation:
         pairs = zip(self.replaced_alone, self.zero_alone, strict=True)
         return [_share(original, replaced, zero) for replaced, zero in pairs]
 
+    @property
+    def undefined(self) -> dict[str, str]:
+        """Why a share recovered or a bound has no value, by what it is of; empty if all have."""
+        conditions = {**self.conditions}
+        conditions |= {f"{REPLACED} {layer}": score for layer, score in enumerate(self.replaced_alone)}
+        conditions |= {f"{ZERO} {layer}": score for layer, score in enumerate(self.zero_alone)}
+        reasons = {
+            name: "the model's prediction is not finite"
+            for name, score in conditions.items()
+            if not all(map(math.isfinite, (score.nelbo, score.kl)))
+        }
+        zeroed = {"all MLPs": self.conditions[ZERO]}
+        zeroed |= {f"MLP {layer}": score for layer, score in enumerate(self.zero_alone)}
+        for name, zero in zeroed.items():
+            cost = zero.nelbo - self.conditions[ORIGINAL].nelbo
+            if cost <= LEAST_COST:
+                reasons[f"share recovered, {name}"] = (
+                    f"ablation to zero changes the NELBO by {cost:+.4f} nats per token, which is not above "
+                    f"{LEAST_COST:g}: there is next to nothing to recover"
+                )
+        return reasons
+
     def delta_nelbo(self, condition: str) -> float:
         """Increase of the bound over the original, in nats per token."""
         return self.conditions[condition].nelbo - self.conditions[ORIGINAL].nelbo
@@ -106,7 +138,7 @@ class Evaluation:
 
 def _share(original: ConditionScore, replaced: ConditionScore, zero: ConditionScore) -> float:
     span = zero.nelbo - original.nelbo
-    return (zero.nelbo - replaced.nelbo) / span if span else float("nan")
+    return (zero.nelbo - replaced.nelbo) / span if span > LEAST_COST else math.nan
 
 
 def evaluate(
@@ -122,19 +154,25 @@ def evaluate(
     """Measure a transcoder in its model.
 
     Args:
-        data: A store, of which the sequences that training held out are used (all of them, if it is not the
-            store that the transcoder was trained on); or sequences, noised or clean.
+        data: A store, of which the sequences are used whose text the transcoder was not trained on; or
+            sequences, noised or clean, which are used as they are.
         max_sequences: Use this many, evenly spread.
         seed: Key of times and masks for clean sequences.
     Raises:
-        CheckpointError: If the transcoder was trained on another model.
-        DataError: If there is no masked position to measure at.
+        CheckpointError: If the transcoder was trained on another model, or does not record on which text.
+        StoreError: If the store was captured with another model or tokenizer, or does not say with which.
+        DataError: If nothing of the store is held out, or there is no masked position to measure at.
     """
+    n_excluded: int | None = None
+    if not isinstance(data, Tensor | NoisedSequences):
+        check_store(clt, data)
     replacement = ReplacementModel(model, clt)
     if isinstance(data, Tensor):
         data = NoisedSequences.from_tokens(data, model.config.mask_id, seed)
     elif not isinstance(data, NoisedSequences):
-        data = NoisedSequences.from_store(data, held_out_sequences(clt, data).tolist())
+        held_out = held_out_sequences(clt, data).tolist()
+        n_excluded = data.n_sequences - len(held_out)
+        data = NoisedSequences.from_store(data, held_out)
     data = _thinned(data, max_sequences)
     if not bool((data.x_t == model.config.mask_id).any()):
         raise DataError("no position of the evaluated sequences is masked; capture at times above 0")
@@ -153,21 +191,13 @@ def evaluate(
         n_sequences=len(data.x_0),
         n_positions=data.x_0.numel(),
         n_masked=int((data.x_t == model.config.mask_id).sum()),
+        n_excluded=n_excluded,
         layers={stratum: metrics.layers(stratum) for stratum in STRATA},
         density=metrics.density(),
         conditions={name: done[name] for name in (ORIGINAL, REPLACED, ZERO, MEAN)},
         replaced_alone=[done[f"{REPLACED} {layer}"] for layer in range(clt.config.n_layers)],
         zero_alone=[done[f"{ZERO} {layer}"] for layer in range(clt.config.n_layers)],
     )
-
-
-def held_out_sequences(clt: CrossLayerTranscoder, store: RowStore) -> NDArray[np.int64]:
-    """The sequences of a store that the transcoder was not trained on."""
-    provenance = clt.provenance
-    if provenance.get("store", {}).get("fingerprint") != store.fingerprint():
-        return np.arange(store.n_sequences)
-    run: Mapping[str, Any] = provenance["run"]
-    return split_sequences(store.tokens()[0], run["held_out_fraction"], run["train"]["seed"]).held_out
 
 
 def _conditions(replacement: ReplacementModel) -> dict[str, Callable[[], AbstractContextManager[None]]]:

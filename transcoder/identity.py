@@ -1,8 +1,8 @@
-"""Whether a transcoder belongs to a model.
+"""Whether a transcoder belongs to a model, and a store to a transcoder.
 
-A transcoder records the SHA-256 of the weights files that its activations came from, and a probe: one
-sequence of the store with a few of its activations. A model's source is checked by the hash; a model in
-memory, which may have been moved or cast since, is run on the probe.
+A transcoder records the SHA-256 of the weights files that its activations came from and of the tokenizer,
+and a probe: one sequence of the store with a few of its activations. A model's source and another store are
+checked by the hashes; a model in memory, which may have been moved or cast since, is run on the probe.
 """
 
 # Axes: layer, pos, d_model
@@ -18,7 +18,7 @@ import torch
 
 from mdlm_interp.checkpoints import resolve_source, weights_sha256
 from mdlm_interp.diffusion import LogLinearSchedule
-from mdlm_interp.errors import CheckpointError, DataError
+from mdlm_interp.errors import CheckpointError, DataError, StoreError
 from mdlm_interp.model import HookedMDLM
 from transcoder.config import TranscoderConfig
 from transcoder.data import RowStore
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 PROBE_VALUES = 4
 """Positions, and dimensions of each, whose activations a probe records."""
+
+ORIGINS = {"weights_sha256": "model", "tokenizer_sha256": "tokenizer"}
+"""Entries of a store's provenance that must be the transcoder's, and what each is the hash of."""
 
 PROBE_TOLERANCE = 1e-3
 """In standard deviations of the layer: a hundred times what batch shapes and devices differ by in float32."""
@@ -100,6 +103,44 @@ def check_model(clt: CrossLayerTranscoder, model: HookedMDLM) -> None:
                 f"the transcoder was trained on another model: {name} is {float(found.flatten()[worst]):.6g} "
                 f"where its training data has {float(expected.flatten()[worst]):.6g} (weights sha256 "
                 f"{recorded_sha256(clt) or 'unknown'})"
+            )
+
+
+def store_origin(store: RowStore) -> dict[str, str]:
+    """SHA-256 of the weights and of the tokenizer that a store was captured with, by provenance entry.
+
+    Raises:
+        StoreError: If the store does not carry them.
+    """
+    provenance = store.provenance
+    for entry, what in ORIGINS.items():
+        if not isinstance(provenance.get(entry), str):
+            raise StoreError(
+                f"the store does not say which {what} it was captured with: its provenance has no {entry}; "
+                f"capture it again with mdlm-interp capture run"
+            )
+    return {entry: provenance[entry] for entry in ORIGINS}
+
+
+def check_store(clt: CrossLayerTranscoder, store: RowStore) -> None:
+    """Raise an error unless a store was captured with the model and tokenizer of the transcoder.
+
+    Raises:
+        StoreError: If it was captured with others, or does not say with which.
+        CheckpointError: If the transcoder does not say.
+    """
+    found = store_origin(store)
+    recorded = clt.provenance.get("store", {}).get("provenance", {})
+    for entry, what in ORIGINS.items():
+        if not isinstance(recorded.get(entry), str):
+            raise CheckpointError(
+                f"the transcoder does not say which {what} its activations came from: its provenance has no "
+                f"{entry}; train it again on a store that does"
+            )
+        if found[entry] != recorded[entry]:
+            raise StoreError(
+                f"the store was captured with another {what} (sha256 {found[entry][:12]}) than the "
+                f"transcoder was trained on (sha256 {recorded[entry][:12]}); capture the text with that {what}"
             )
 
 

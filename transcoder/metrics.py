@@ -1,7 +1,8 @@
 """How well a transcoder reconstructs held-out rows, apart for masked and unmasked positions.
 
 Sums are taken in float64 over batches of rows, so that the figures are those of all rows together and
-not means of batch figures. Variances are about the mean of the rows looked at.
+not means of batch figures. Variances are about the mean of the rows looked at. A share of a variance
+that is hardly there would be rounding over rounding: it is nan, and the reason is kept with it.
 """
 
 # Axes: layer, row, d_model, feature, stratum (unmasked, masked)
@@ -20,10 +21,13 @@ from transcoder.model import CrossLayerTranscoder
 
 STRATA = ("all", "unmasked", "masked")
 
+LEAST_VARIANCE = 1e-4
+"""Part of the store's variance that rows must have for a share of theirs to be a figure."""
+
 
 @dataclass(frozen=True)
 class LayerMetrics:
-    """One layer's reconstruction over one set of rows; nan where there are none."""
+    """One layer's reconstruction over one set of rows; nan where `undefined` says why."""
 
     n_rows: int
     fvu: float
@@ -36,6 +40,8 @@ class LayerMetrics:
     """Mean number of active features of this layer."""
     dead: int
     """Features of this layer that are active in none of the rows."""
+    undefined: str | None = None
+    """Why fvu and explained_variance have no value, or without rows all figures; None if they have."""
 
 
 class ReconstructionMetrics:
@@ -88,6 +94,10 @@ class ReconstructionMetrics:
         variance = target_squares - targets.square().sum(-1) / n
         error_variance = error_squares - errors.square().sum(-1) / n
         active = self._active[:, part].sum(1)
+        # In units of the store's variance, as the transcoder normalises it.
+        relative = variance / (n * self.clt.config.d_model) * self.clt.out_scale.double().cpu().square()
+        reasons = [_why_undefined(int(n), float(share)) for share in relative]
+        variance[[reason is not None for reason in reasons]] = torch.nan
         return [
             LayerMetrics(
                 n_rows=int(n),
@@ -96,6 +106,7 @@ class ReconstructionMetrics:
                 cosine=float(self._cosines[layer, part].sum() / n),
                 l0=float(active[layer].sum() / n),
                 dead=int((active[layer] == 0).sum()),
+                undefined=reasons[layer],
             )
             for layer in range(active.shape[0])
         ]
@@ -105,3 +116,15 @@ class ReconstructionMetrics:
         part = {"all": slice(0, 2), "unmasked": slice(0, 1), "masked": slice(1, 2)}[stratum]
         share = self._active[:, part].sum(1) / self.n_rows[part].sum()
         return np.asarray(share.numpy())
+
+
+def _why_undefined(n_rows: int, variance: float) -> str | None:
+    """Why a share of this variance, in units of the store's, is no figure; None if it is one."""
+    if n_rows == 0:
+        return "there are no such positions"
+    if variance >= LEAST_VARIANCE:
+        return None
+    return (
+        f"the MLP outputs at these {n_rows} positions hardly vary: by {max(variance, 0.0):.1e} of the "
+        f"variance over the store, less than {LEAST_VARIANCE:g}"
+    )

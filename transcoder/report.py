@@ -1,64 +1,88 @@
 """An evaluation as files: report.md to read, report.json to compute with, and plots.
 
-The plots are fvu.png (reconstruction by layer), nelbo.png (what each replacement costs the model),
-density.png (how often features are active) and, if the run's metrics are there, training.png.
+A figure without a value is null in JSON and "undefined" elsewhere, with its reason.
 """
-
-# Axes: layer, feature
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mdlm_interp.atomic_files import replacing
 from mdlm_interp.errors import OutputExistsError
 from transcoder.checkpoint import write_json
+from transcoder.data import Coverage, RowStore, coverage
 from transcoder.evaluation import MEAN, ORIGINAL, REPLACED, ZERO, Evaluation
 from transcoder.metrics import STRATA
+from transcoder.plots import (
+    DOTS_PER_INCH,
+    UNDEFINED,
+    plot_density,
+    plot_fvu,
+    plot_nelbo,
+    plot_training,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from transcoder.model import CrossLayerTranscoder
 
 REPORT = "report.json"
 MARKDOWN = "report.md"
-DOTS_PER_INCH = 150
-LEAST_SHARED = 0.02
-"""Nats per token that ablating a layer must cost for its recovered share to be shown."""
-COLOURS = {"all": "#333333", "unmasked": "#4477aa", "masked": "#ee6677"}
+MEAN_NOTE = (
+    "Ablation to the mean can cost more than to zero: the mean mixes masked and unmasked positions, which layer 0 "
+    "sets far apart, so what it writes fits neither."
+)
 
 
 def write_report(
-    evaluation: Evaluation, out: Path, *, about: Mapping[str, Any], training_log: Path | None = None
+    evaluation: Evaluation,
+    out: Path,
+    *,
+    about: Mapping[str, Any],
+    training_log: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
-    """Write the report; returns its files, report.md first.
+    """Write the report, all its files or none; returns them, report.md first.
 
     Args:
         about: What was evaluated: transcoder, model and store, for the report's head.
-        training_log: metrics.jsonl of the training run; no training curve without it.
+        training_log: Metrics of the training run, from `training_log.read_log`; no training curve without.
     Raises:
         OutputExistsError: If the directory holds a report.
+        WriteError: If the disk is full or failing.
     """
     refuse_existing(out)
-    out.mkdir(parents=True, exist_ok=True)
     figures = {
         "fvu.png": plot_fvu(evaluation),
         "nelbo.png": plot_nelbo(evaluation),
         "density.png": plot_density(evaluation),
     }
-    if training_log is not None and training_log.is_file():
-        figures["training.png"] = plot_training(read_log(training_log))
-    for name, figure in figures.items():
-        figure.savefig(out / name, dpi=DOTS_PER_INCH)
+    if training_log:
+        figures["training.png"] = plot_training(training_log)
     text = "\n".join([*markdown(evaluation, about), "", *(f"![{name}]({name})" for name in figures), ""])
-    (out / MARKDOWN).write_text(text, encoding="utf-8")
-    write_json(out / REPORT, {"about": dict(about), **to_json(evaluation)})
-    return [out / name for name in (MARKDOWN, REPORT, *figures)]
+    names = (MARKDOWN, REPORT, *figures)
+    with ExitStack() as stack:
+        # Each gets its name when the stack ends: after all are written.
+        partial = {name: stack.enter_context(replacing(out / name)) for name in names}
+        for name, figure in figures.items():
+            figure.savefig(partial[name], dpi=DOTS_PER_INCH)
+        partial[MARKDOWN].write_text(text, encoding="utf-8")
+        write_json(partial[REPORT], {"about": dict(about), **to_json(evaluation)})
+    return [out / name for name in names]
+
+
+def origin(clt: CrossLayerTranscoder, store: RowStore) -> dict[str, str]:
+    """For the report's head: how much of its planned capture each of the two stores holds."""
+    entries = {}
+    trained_on = clt.provenance.get("store", {}).get("coverage")
+    if trained_on is not None:
+        entries["training store"] = str(Coverage(**trained_on))
+    return {**entries, "evaluated store": str(coverage(store))}
 
 
 def refuse_existing(out: Path) -> None:
@@ -68,17 +92,14 @@ def refuse_existing(out: Path) -> None:
             raise OutputExistsError(f"{out / name} exists; choose another out directory")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-
-
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
     """Every figure as plain values; what is undefined becomes null."""
     content = {
         "n_sequences": evaluation.n_sequences,
         "n_positions": evaluation.n_positions,
         "n_masked": evaluation.n_masked,
+        "n_excluded": evaluation.n_excluded,
+        "undefined": evaluation.undefined,
         "share_recovered": evaluation.share_recovered,
         "conditions": {
             name: {**asdict(score), "delta_nelbo": evaluation.delta_nelbo(name)}
@@ -112,25 +133,28 @@ def markdown(evaluation: Evaluation, about: Mapping[str, Any]) -> list[str]:
     lines += [
         f"- {evaluation.n_sequences} sequences, {evaluation.n_positions:,} positions, "
         f"{evaluation.n_masked:,} masked",
+        f"- {held_out(evaluation)}",
         "",
         "## In the model",
         "",
         f"Share of the MLPs' contribution recovered, (zero - replaced) / (zero - original): "
-        f"**{evaluation.share_recovered:.3f}**.",
+        f"**{number(evaluation.share_recovered, '.3f')}**.",
         "",
         *table(
             ["condition", "NELBO (nats/token)", "change", "KL from original (nats)", "top-1 agreement"],
             [
                 [
                     name if name == ORIGINAL else f"all MLPs: {name}",
-                    f"{score.nelbo:.3f}",
-                    f"{evaluation.delta_nelbo(name):+.3f}",
-                    f"{score.kl:.3f}",
-                    f"{score.top1_agreement:.1%}",
+                    number(score.nelbo, ".3f"),
+                    number(evaluation.delta_nelbo(name), "+.3f"),
+                    number(score.kl, ".3f"),
+                    number(score.top1_agreement, ".1%"),
                 ]
                 for name, score in conditions.items()
             ],
         ),
+        "",
+        MEAN_NOTE,
         "",
         "## By layer",
         "",
@@ -138,23 +162,71 @@ def markdown(evaluation: Evaluation, about: Mapping[str, Any]) -> list[str]:
         "",
         *layer_table(evaluation),
         "",
-        "FVU: fraction of variance unexplained. Dead: active at none of the evaluated positions.",
+        "FVU: fraction of variance unexplained. EV: variance explained, a constant error being free. Dead: "
+        "active at none of the evaluated positions.",
     ]
+    reasons = undefined_figures(evaluation)
+    if reasons:
+        lines += ["", "Undefined:", "", *(f"- {reason}" for reason in reasons)]
     return lines
 
 
 def summary(evaluation: Evaluation) -> list[str]:
-    """The evaluation in two lines."""
+    """The evaluation in three lines, and one more for each figure that is undefined."""
     layers = evaluation.layers["all"]
-    fvu, l0 = np.mean([layer.fvu for layer in layers]), np.mean([layer.l0 for layer in layers])
-    features = evaluation.density.size
+    changes = {name: number(evaluation.delta_nelbo(name), "+.3f") for name in (REPLACED, ZERO, MEAN)}
     return [
-        f"held out: FVU {fvu:.3f}, L0 {l0:.1f} per layer, {sum(layer.dead for layer in layers)} of "
-        f"{features} features dead ({evaluation.n_sequences} sequences)",
-        f"in the model: NELBO {evaluation.conditions[ORIGINAL].nelbo:.3f} nats/token; all MLPs replaced "
-        f"{evaluation.delta_nelbo(REPLACED):+.3f}, zeroed {evaluation.delta_nelbo(ZERO):+.3f}, mean "
-        f"{evaluation.delta_nelbo(MEAN):+.3f}: {evaluation.share_recovered:.1%} recovered",
+        held_out(evaluation),
+        f"reconstruction: FVU {mean_fvu(evaluation)}, L0 {np.mean([layer.l0 for layer in layers]):.1f} per "
+        f"layer, {sum(layer.dead for layer in layers)} of {evaluation.density.size} features dead",
+        f"in the model: NELBO {number(evaluation.conditions[ORIGINAL].nelbo, '.3f')} nats/token; all MLPs "
+        f"replaced {changes[REPLACED]}, zeroed {changes[ZERO]}, mean {changes[MEAN]}; share recovered "
+        f"{number(evaluation.share_recovered, '.1%')}",
+        *(f"undefined: {reason}" for reason in undefined_figures(evaluation)),
     ]
+
+
+def held_out(evaluation: Evaluation) -> str:
+    """What was evaluated, and whether training saw it."""
+    if evaluation.n_excluded is None:
+        return f"{evaluation.n_sequences} sequences as given; whether training saw them was not looked at"
+    return (
+        f"held out: {evaluation.n_sequences} sequences used; {evaluation.n_excluded} of the store excluded, "
+        f"as the transcoder was trained on their text"
+    )
+
+
+def undefined_figures(evaluation: Evaluation) -> list[str]:
+    """Each figure without a value, and why; one line for all layers with one reason."""
+    reasons = [f"{name}: {reason}" for name, reason in evaluation.undefined.items()]
+    for stratum, layers in evaluation.layers.items():
+        by_reason: dict[str, list[str]] = {}
+        for layer, metrics in enumerate(layers):
+            if metrics.undefined is not None:
+                by_reason.setdefault(metrics.undefined, []).append(str(layer))
+        for reason, numbers in by_reason.items():
+            reasons.append(f"FVU and EV, {stratum} positions, layer {', '.join(numbers)}: {reason}")
+    return reasons
+
+
+def number(value: float, spec: str) -> str:
+    """A figure as text.
+
+    >>> number(0.25, ".1%"), number(float("nan"), ".3f")
+    ('25.0%', 'undefined')
+    """
+    return format(value, spec) if math.isfinite(value) else UNDEFINED
+
+
+def mean_fvu(evaluation: Evaluation, *, explained: bool = False) -> str:
+    """The mean over those layers that have an FVU, as text, or of 1 - FVU as a percentage."""
+    values = [layer.fvu for layer in evaluation.layers["all"]]
+    defined = [value for value in values if math.isfinite(value)]
+    if not defined:
+        return UNDEFINED
+    mean = sum(defined) / len(defined)
+    only = "" if len(defined) == len(values) else f" (of {len(defined)} of {len(values)} layers)"
+    return (f"{1 - mean:.1%}" if explained else f"{mean:.3f}") + only
 
 
 def layer_table(evaluation: Evaluation) -> list[str]:
@@ -169,18 +241,17 @@ def layer_table(evaluation: Evaluation) -> list[str]:
     )
     rows = [
         [
-            str(number),
-            *(f"{layer.fvu:.3f}" for layer in (every, unmasked, masked)),
-            f"{every.explained_variance:.3f}",
-            f"{every.cosine:.3f}",
-            f"{every.l0:.1f}",
+            str(index),
+            *(number(layer.fvu, ".3f") for layer in (every, unmasked, masked)),
+            number(every.explained_variance, ".3f"),
+            number(every.cosine, ".3f"),
+            number(every.l0, ".1f"),
             str(every.dead),
-            f"{replaced.nelbo - original:+.3f}",
-            f"{zero.nelbo - original:+.3f}",
-            # A share of next to nothing says nothing.
-            f"{share:.3f}" if abs(zero.nelbo - original) > LEAST_SHARED else "-",
+            number(replaced.nelbo - original, "+.3f"),
+            number(zero.nelbo - original, "+.3f"),
+            number(share, ".3f"),
         ]
-        for number, (every, unmasked, masked, replaced, zero, share) in enumerate(columns)
+        for index, (every, unmasked, masked, replaced, zero, share) in enumerate(columns)
     ]
     head = ["layer", "FVU", "FVU unmasked", "FVU masked", "EV", "cosine", "L0", "dead"]
     return table([*head, "NELBO replaced", "NELBO zeroed", "recovered"], rows)
@@ -196,106 +267,3 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
     rule = f"| {' | '.join(['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])])} |"
     return [line(head), rule, *map(line, rows)]
-
-
-def plot_fvu(evaluation: Evaluation) -> Figure:
-    """Fraction of variance unexplained by layer and stratum."""
-    figure, axes = new_figure()
-    numbers = np.arange(len(evaluation.layers["all"]))
-    for offset, stratum in enumerate(STRATA):
-        values = [layer.fvu for layer in evaluation.layers[stratum]]
-        axes.bar(numbers + 0.27 * (offset - 1), values, 0.25, label=stratum, color=COLOURS[stratum])
-    axes.set_xticks(numbers)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("fraction of variance unexplained")
-    axes.set_title("Reconstruction of MLP outputs on held-out positions")
-    axes.legend(title="positions")
-    return figure
-
-
-def plot_nelbo(evaluation: Evaluation) -> Figure:
-    """Change of the bound by layer, replaced and zeroed, and for all layers together."""
-    figure, axes = new_figure()
-    original = evaluation.conditions[ORIGINAL].nelbo
-    names = [*map(str, range(len(evaluation.replaced_alone))), "all"]
-    for offset, (label, alone, together, colour) in enumerate(
-        [
-            ("replaced by the transcoder", evaluation.replaced_alone, REPLACED, "#228833"),
-            ("ablated to zero", evaluation.zero_alone, ZERO, "#ccbb44"),
-        ]
-    ):
-        values = [score.nelbo - original for score in [*alone, evaluation.conditions[together]]]
-        axes.bar(np.arange(len(names)) + 0.4 * offset - 0.2, values, 0.38, label=label, color=colour)
-    mean = evaluation.delta_nelbo(MEAN)
-    axes.plot(
-        [len(names) - 1.4, len(names) - 0.6], [mean, mean], color="#aa3377", label="all ablated to the mean"
-    )
-    axes.set_xticks(np.arange(len(names)), names)
-    axes.set_yscale("symlog", linthresh=0.1)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high * 1.5)  # the legend's place
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("MLP of layer")
-    axes.set_ylabel("increase of the NELBO (nats per token)")
-    axes.set_title("What replacing MLPs costs the model")
-    axes.legend()
-    return figure
-
-
-def plot_density(evaluation: Evaluation) -> Figure:
-    """Histogram of how often features are active, by layer."""
-    figure, axes = new_figure()
-    floor = 1.0 / max(1, evaluation.n_positions)
-    edges = np.linspace(math.log10(floor), 0.0, 31)
-    n_layers = evaluation.density.shape[0]
-    for layer, share in enumerate(evaluation.density):
-        alive = share[share > 0]
-        label = f"layer {layer} ({len(share) - len(alive)} dead)"
-        shade = 0.85 * layer / max(1, n_layers - 1)
-        axes.hist(np.log10(alive), edges, histtype="step", label=label, color=_colour(shade), linewidth=1.4)
-    axes.set_xlabel("log10 of the share of positions at which a feature is active")
-    axes.set_ylabel("features")
-    axes.set_title("Feature density on held-out positions")
-    axes.legend(fontsize="small", ncols=1 + n_layers // 9)
-    return figure
-
-
-def plot_training(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Unexplained variance and dead features over the training run."""
-    figure, axes = new_figure()
-    rows = [entry["rows"] for entry in log]
-    n_layers = len(log[0]["fvu_by_layer"])
-    for layer in range(n_layers):
-        values = [entry["fvu_by_layer"][layer] for entry in log]
-        shade = 0.85 * layer / max(1, n_layers - 1)
-        axes.plot(rows, values, label=f"layer {layer}", color=_colour(shade), linewidth=1.0)
-    axes.plot(rows, [entry["fvu"] for entry in log], color="black", linewidth=2.0, label="mean")
-    axes.set_yscale("log")
-    axes.set_xlabel("training rows (tokens)")
-    axes.set_ylabel("fraction of variance unexplained")
-    axes.set_title("Training: reconstruction of the batches, and dead features")
-    axes.legend(fontsize="small", ncols=1 + n_layers // 9)
-    right = axes.twinx()
-    right.plot(rows, [entry["dead"] for entry in log], color="#bbbbbb", linestyle="--")
-    right.set_ylabel("dead features, all layers (dashed)")
-    right.set_ylim(bottom=0)
-    return figure
-
-
-def new_figure() -> tuple[Figure, Any]:
-    """A figure that needs no display and that no global state holds on to."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _colour(shade: float) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](shade)

@@ -10,10 +10,9 @@ an uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdlm_interp.errors import DataError
+from mdlm_interp.interrupts import deferred_interrupts
 from transcoder.activations import topk
 from transcoder.checkpoint import save_training_state
-from transcoder.config import TrainConfig
+from transcoder.config import METRICS, TrainConfig
 from transcoder.data import Batch, BatchLoader
-from transcoder.interrupts import deferred_interrupts
 from transcoder.losses import auxk_loss, layer_fvu
 from transcoder.model import CrossLayerTranscoder
+from transcoder.training_log import append_entry
 
 
 class StepMetrics(NamedTuple):
@@ -131,11 +131,12 @@ def _listed(rows: NDArray[np.int64]) -> str:
     return ", ".join(map(str, ordered[:8].tolist())) + more
 
 
-def fit(trainer: Trainer, out: Path, log: TextIO, *, progress: bool = False) -> None:
-    """Step to the end, writing metrics to `log` and states to `out`.
+def fit(trainer: Trainer, out: Path, *, progress: bool = False) -> None:
+    """Step to the end, writing metrics and states to `out`, the last one after the last step.
 
     Raises:
         KeyboardInterrupt: After saving the state, on Ctrl-C or SIGTERM.
+        WriteError: If the disk is full or failing; the last saved state is still there.
     """
     config, total = trainer.config, trainer.config.steps
     hidden = None if progress else True
@@ -152,8 +153,7 @@ def fit(trainer: Trainer, out: Path, log: TextIO, *, progress: bool = False) -> 
             if number % config.log_every == 0 or number == total:
                 rows_per_s = timed * config.batch_size / (time.perf_counter() - since)
                 entry = _entry(number, trainer.recent, config, rows_per_s)
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
+                append_entry(out / METRICS, entry)
                 bar.set_postfix(
                     loss=f"{entry['loss']:.3f}",
                     FVU=f"{entry['fvu']:.3f}",
@@ -164,7 +164,7 @@ def fit(trainer: Trainer, out: Path, log: TextIO, *, progress: bool = False) -> 
                 trainer.recent = []
                 since, timed = time.perf_counter(), 0
             stop = interrupted()
-            if (number % config.checkpoint_every == 0 and number < total) or stop:
+            if number % config.checkpoint_every == 0 or number == total or stop:
                 save_training_state(out, trainer.clt, trainer.optimiser_tensors(), trainer.loop_state())
             if stop:
                 raise KeyboardInterrupt

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +90,7 @@ def store(model_directory: Path, text: Path, tmp_path_factory: pytest.TempPathFa
     """Forty sequences of 24 tokens: 960 rows, whose sequences lie across the edges of chunks."""
     out = tmp_path_factory.mktemp("store") / "run.zarr"
     config = CaptureConfig(
-        model=str(model_directory), files=(text,), out=out, length=LENGTH, max_sequences=40, seed=3
+        model=str(model_directory), files=(text,), out=str(out), length=LENGTH, max_sequences=40, seed=3
     )
     return run_capture(config)
 
@@ -174,3 +177,67 @@ def listening() -> Callable[[HookedMDLM], int]:
 def reopened(store: ActivationStore) -> ActivationStore:
     """The store again, for tests that put something in its place."""
     return open_store(store.path)
+
+
+@pytest.fixture
+def capture(
+    model_directory: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., ActivationStore]:
+    """Captures the same forty sequences with something else about it."""
+
+    def run(**changes: Any) -> ActivationStore:
+        out = tmp_path_factory.mktemp("other-store") / "run.zarr"
+        settings = {
+            "model": str(model_directory),
+            "files": (text,),
+            "length": LENGTH,
+            "max_sequences": 40,
+            "seed": 3,
+        }
+        return run_capture(CaptureConfig(out=str(out), **{**settings, **changes}))
+
+    return run
+
+
+class InterruptedStore:
+    """A store whose capture stopped after some sequences, as a reader shows it."""
+
+    complete = False
+
+    def __init__(self, store: ActivationStore, n_sequences: int) -> None:
+        self._store, self.n_sequences = store, n_sequences
+
+    def __len__(self) -> int:
+        return self.n_sequences * self._store.length
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        x_0, x_t = self._store.tokens()
+        return x_0[: self.n_sequences], x_t[: self.n_sequences]
+
+    def times(self) -> Tensor:
+        return self._store.times()[: self.n_sequences]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@pytest.fixture
+def interrupted(store: ActivationStore) -> InterruptedStore:
+    """Thirty of the store's forty sequences."""
+    return InterruptedStore(store, 30)
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """Lets no file grow beyond some bytes, as a full disk does, for everything that writes."""
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

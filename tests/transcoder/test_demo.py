@@ -1,14 +1,43 @@
 """The demo on a tiny model: every step runs, everything promised is there, and its next commands work."""
 
 import json
+import re
 import shlex
 
 import pytest
 
+from capture import open_store
 from mdlm_interp.__main__ import main
 from mdlm_interp.errors import OutputExistsError
 from mdlm_interp.program import invocation
+from mdlm_interp.tokenizers import Tokenizer
 from transcoder.demo import make_directory
+from transcoder.demo_report import effects, plot_effects
+from transcoder.effects import FeatureEffect, PredictionEffects
+from transcoder.report import MEAN_NOTE
+
+
+class Words(Tokenizer):
+    """A tokenizer of a few awkward tokens."""
+
+    def __init__(self):
+        pass
+
+    texts = (" park", "park", " ", "\n", "\ufffd", " $$", "[MASK]")
+
+    def token(self, token_id):
+        return self.texts[token_id]
+
+
+@pytest.fixture
+def found():
+    """Two effects on token 0, at positions 2 and 6."""
+    common = {"probability_before": 0.5, "probability_after": 0.25, "attribution": -0.2}
+    shown = [
+        FeatureEffect(layer=0, feature=7, position=2, activation=1.5, logit_change=-0.5, **common),
+        FeatureEffect(layer=1, feature=3, position=6, activation=0.5, logit_change=0.1, **common),
+    ]
+    return PredictionEffects(6, 0, shown, [(0, 0.5), (2, 0.1)], [(3, 0.4), (4, 0.2)])
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +70,7 @@ def test_everything_it_shows_is_there(demo):
     assert out.count("[MASK]") >= 4
     assert "mask 1: " in out
     assert "| layer |" in out
+    assert MEAN_NOTE in out
     assert "likeliest words before and after ablating layer" in out
     assert "| share of the MLPs' contribution recovered" in out
     report = place / "mdlm-demo" / "report"
@@ -81,3 +111,43 @@ def test_a_directory_with_something_in_it_is_left_alone(tmp_path):
     with pytest.raises(OutputExistsError, match="is not empty"):
         make_directory(tmp_path / "mine.txt")
     assert make_directory(tmp_path / "new").is_dir()
+
+
+def test_tokens_are_shown_as_words_with_their_position(found):
+    text = "\n".join(effects("a sentence", [1, 1, 5, 1, 1, 1, 6], found, Words()))
+    assert "the model's first choice at position 6: park. Ablating" in text
+    assert "| P(park) |" in re.sub(" +", " ", text)
+    rows = re.sub(" +", " ", text)
+    assert "| layer 0 feature 7 | $$ at 2 |" in rows
+    assert "| layer 1 feature 3 | [MASK] at 6 |" in rows
+    assert "| park | 50.0% | '\\n' | 40.0% |" in rows
+    assert "| ' ' | 10.0% | part of a character | 20.0% |" in rows
+    assert not re.search("[Ġ\ufffd]", text)
+
+
+@pytest.mark.parametrize(("token", "word"), [(0, "park"), (5, "$$"), (4, "part of a character")])
+def test_the_plot_of_effects_says_what_its_numbers_are(found, token, word):
+    figure = plot_effects(PredictionEffects(6, token, found.effects, [], []), Words())
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_title() == f"Ablating one feature: effect on “{word}” at position 6"
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["layer 1 feature 3, position 6", "layer 0 feature 7, position 2"]
+
+
+def test_fewer_sequences_can_be_asked_for_as_a_full_disk_advises(model_directory, tmp_path, capsys):
+    options = [
+        "--max-sequences",
+        "6",
+        "--n-features",
+        "24",
+        "--k",
+        "4",
+        "--train-steps",
+        "2",
+        "--n-ablations",
+        "1",
+    ]
+    assert main(["demo", "--out", str(tmp_path / "out"), "--model", str(model_directory), *options]) == 0
+    assert open_store(tmp_path / "out" / "activations.zarr").n_sequences == 6
+    capsys.readouterr()

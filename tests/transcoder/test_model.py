@@ -137,7 +137,7 @@ def test_initial_weights_are_a_function_of_the_seed_within_the_documented_bounds
         ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
         (
             {"input_hook": "blocks.0.mlp.hook_in"},
-            r"input_hook must contain \{layer\}, got 'blocks.0.mlp.hook_in'",
+            r"input_hook must be a hook point with \{layer\} for the block's number, got blocks.0.mlp.hook_in; leave",
         ),
     ],
 )
