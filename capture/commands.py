@@ -1,17 +1,20 @@
-"""The commands `mdlm-interp capture run` and `mdlm-interp capture info`."""
+"""The commands `mdlm-interp capture run | info | verify`; `convert.py` has the export."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 
+from tqdm import tqdm
+
 from capture.config import CaptureConfig
-from capture.manifest import MANIFEST
-from capture.reader import ActivationStore, open_store
+from capture.describe import bytes_text, described, hook_lines, strata, summary
+from capture.reader import open_store
 from mdlm_interp.config_args import parse_args
+from mdlm_interp.errors import ConfigError, StoreError, WriteError
 from mdlm_interp.program import invocation
 
 FINGERPRINT_SHOWN = 16
@@ -21,12 +24,32 @@ FINGERPRINT_SHOWN = 16
 class InfoConfig:
     """Show what an activation store holds."""
 
-    store: Path
-    """Directory of the store."""
+    store: str
+    """Directory or URL of the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Check every byte of a store against its checksums, and recompute some of its batches."""
+
+    store: str
+    """Directory or URL of the store."""
+    model: str | None = None
+    """Model directory, hub id or "bundled"; none takes what the store names. Its weights must be the store's."""
+    batches: int = 4
+    """Batches to recompute, drawn at random; 0 checks the bytes only."""
+    seed: int = 0
+    """Key of the draw."""
+
+    def __post_init__(self) -> None:
+        if self.batches < 0:
+            raise ConfigError(f"batches must be 0 or more, got {self.batches}")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed must be in [0, 2**64), got {self.seed}")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Capture activations and say what was written."""
+    """Capture activations, or go on with a capture, and say what was written."""
     from capture.run import run_capture
 
     config = parse_args(
@@ -35,15 +58,19 @@ def run(argv: Sequence[str]) -> int:
     start = perf_counter()
     try:
         store = run_capture(config, progress=True)
-    except KeyboardInterrupt:
-        if (config.out / MANIFEST).is_file():
-            print(summary(open_store(config.out)), file=sys.stderr)
+    except (KeyboardInterrupt, WriteError):
+        # What is committed stays; if nothing is there to be read, the error says enough.
+        with suppress(StoreError):
+            print(f"{summary(open_store(config.out))}; the same command goes on", file=sys.stderr)
         raise
-    seconds = perf_counter() - start
     print(summary(store))
-    print(f"took {seconds:.1f} s, {len(store) / seconds:,.0f} rows/s with loading")
-    print(f"fingerprint {store.fingerprint()[:FINGERPRINT_SHOWN]}")
-    print(f"next: {invocation()} capture info {store.path}")
+    print(f"took {perf_counter() - start:.1f} s")
+    bad = sum(shard.not_finite for shard in store.manifest.shards)
+    if bad:
+        print(f"warning: {bad:,} activations are infinite or not a number", file=sys.stderr)
+    if store.complete:
+        print(f"fingerprint {store.fingerprint()[:FINGERPRINT_SHOWN]}")
+        print(f"next: {invocation()} capture info {store.name}")
     return 0
 
 
@@ -52,45 +79,37 @@ def info(argv: Sequence[str]) -> int:
     config = parse_args(InfoConfig, argv, prog="mdlm-interp capture info", positional=("store",))
     store = open_store(config.store)
     print(summary(store))
-    if len(store):
-        t = store.times()
-        masked = store.coords(slice(None))["is_masked"].double().mean()
-        print(f"time {float(t.min()):.4f} to {float(t.max()):.4f}, {float(masked):.1%} of tokens masked")
-    print("hooks:")
-    width = max(map(len, store.hooks))
-    for hook in store.hooks:
-        print(f"  {hook:{width}}  {list(store.row_shape(hook))}")
-    print("provenance:")
-    for line in described(store):
-        print(f"  {line}")
+    for title, lines in (
+        ("rows by diffusion time:", strata(store)),
+        ("hooks:", hook_lines(store)),
+        ("provenance:", described(store)),
+    ):
+        if lines:
+            print(title)
+        for line in lines:
+            print(f"  {line}")
     return 0
 
 
-def summary(store: ActivationStore) -> str:
-    """One line: rows, hooks, size, and whether anything is missing."""
-    planned = store.manifest.n_sequences * store.length
-    state = "complete" if store.complete else f"incomplete, planned with {planned:,} rows"
-    return (
-        f"{store.path}: {len(store):,} rows ({store.n_sequences:,} sequences of {store.length} tokens), "
-        f"{len(store.hooks)} hooks, {store.bytes_on_disk / 1e6:,.1f} MB, {state}"
-    )
+def verify(argv: Sequence[str]) -> int:
+    """Check a store; the first thing that is wrong is the error."""
+    from capture.verify import BOUND, verify_files, verify_rows
 
-
-def described(store: ActivationStore) -> list[str]:
-    """The provenance, a line an item."""
-    record, config = store.provenance, store.config
-    schedule = record["schedule"]
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    batch, length = record["batch_shape"]
-    return [
-        f"model {config['model']}, weights sha256 {record['weights_sha256']}",
-        f"tokenizer {config['tokenizer']}, sha256 {record['tokenizer_sha256']}",
-        *(
-            f"text {file['file']}, {file['bytes']:,} bytes, sha256 {file['sha256']}"
-            for file in record["sources"]
-        ),
-        f"seed {record['seed']}, {schedule['name']} schedule with eps {schedule['eps']:g}",
-        f"{record['arithmetic']} arithmetic, batches of {batch} x {length}, {record['threads']} threads, "
-        f"{record['cpu']['machine']} {record['cpu']['capability']}",
-        versions,
-    ]
+    config = parse_args(VerifyConfig, argv, prog="mdlm-interp capture verify", positional=("store",))
+    store = open_store(config.store)
+    total = store.manifest.committed_rows
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=total, unit="row", unit_scale=True, disable=quiet) as bar:
+        files, size = verify_files(store, progress=bar.update)
+    print(summary(store))
+    print(f"every byte matches its checksum: {files:,} files, {bytes_text(size)}")
+    if config.batches and store.n_sequences:
+        found = verify_rows(store, config.model, batches=config.batches, seed=config.seed)
+        how = (
+            "the same bits"
+            if found.bitwise
+            else f"captured on another stack: the largest difference is {found.largest:.1e} of the root mean square "
+            f"(at most {BOUND:g})"
+        )
+        print(f"{found.batches} batches ({found.rows:,} rows) recomputed: {how}")
+    return 0

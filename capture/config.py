@@ -1,57 +1,117 @@
-"""What to capture: the model, the text, the hook points, the diffusion times and where the store goes."""
+"""What to capture: the model, the text, the hook points, which tokens at which times, and where to."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from capture import schema
+from capture.schema import StoredType
+from mdlm_interp.config_files import to_mapping
 from mdlm_interp.errors import ConfigError
+
+RUN_ONLY = frozenset({"out", "rank", "world_size", "any_disk"})
+"""Fields that say how a capture runs and not what is in the store; a store does not keep them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
-    """Record activations of a model over noised text, one row a token."""
+    """Record activations of a model over noised text, one row a token. The same command continues a capture."""
 
     files: tuple[Path, ...]
-    """Text files to read, in this order: .txt, .jsonl with "text", or .parquet with a column "text"."""
-    out: Path
-    """Directory of the store, which must not exist yet or be empty."""
+    """Text files, globs, directories of shards or @lists of files, in this order; see the README for the kinds."""
+    out: str
+    """Directory or s3:// URL of the store: new, empty, or one that this command began."""
     model: str = "bundled"
     """Model directory, hub id, or "bundled" for the small model in this package."""
     tokenizer: str | None = None
     """Directory or hub id of the tokenizer; none takes the model's own."""
     hooks: tuple[str, ...] = ("blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out")
     """Names or globs of the hook points to record; each must have a position axis."""
+    pack: Literal["blocks", "documents"] = "blocks"
+    """Sequences: equal blocks of joined documents, as upstream packs, or the beginning of each document by itself."""
     length: int | None = None
-    """Tokens per sequence; none takes the model's context."""
+    """Tokens of a sequence, of a document at most; none takes the model's context."""
     wrap: bool = True
     """Whether each sequence starts and ends with an end-of-text token, as in upstream's training."""
     max_sequences: int | None = None
     """Number of sequences to stop after; none takes all the text."""
-    times: Literal["low_discrepancy", "fixed"] = "low_discrepancy"
-    """How each sequence gets its diffusion time: spread evenly over (0, 1), or the same for all."""
-    time: float = 0.0
-    """Diffusion time in [0, 1] of every sequence when times is fixed; 0 is clean text."""
+    max_rows: int | None = None
+    """Rows to stop before exceeding; the last sequence is recorded whole or not at all."""
+    times: Literal["low_discrepancy", "uniform", "fixed", "unmasked"] = "low_discrepancy"
+    """Diffusion time of a sequence: spread evenly over (0, 1), drawn at random, each of time, or 0 (clean text)."""
+    time: tuple[float, ...] = ()
+    """Diffusion times in [0, 1] when times is fixed; each block of text becomes a sequence at each, masks nested."""
+    positions: Literal["all", "masked", "unmasked", "every", "random"] = "all"
+    """Which tokens of a sequence become rows."""
+    every: int | None = None
+    """With positions every: record positions 0, every, 2 * every and so on."""
+    per_sequence: int | None = None
+    """With positions random: how many positions of each sequence to record."""
+    dtype: StoredType = "float32"
+    """Type to store activations in; float16 and bfloat16 lose digits, and the store says so."""
+    arithmetic: Literal["native", "exact"] = "native"
+    """Arithmetic of the forward pass: torch's, or the oracle's, whose bits are the same on every machine."""
+    device: str = "cpu"
+    """Device of the forward pass: cpu, cuda, or cuda:1 and so on; several ranks take one each of cuda."""
     seed: int = 0
-    """Key of the times and masks, from 0 to 2**64 - 1."""
+    """Key of times, masks and subsets, from 0 to 2**64 - 1."""
     batch_size: int = 16
-    """Sequences per forward pass; it changes activations by rounding only, tokens and masks never."""
+    """Sequences per forward pass; it changes native activations by rounding only, tokens and masks never."""
+    shard_rows: int | None = None
+    """Rows of a shard file, and rows between two commits, a multiple of 256; none takes 16,384."""
+    rank: int | None = None
+    """Which of world_size processes this is, from 0; none takes RANK of torchrun, or 0."""
+    world_size: int | None = None
+    """Processes that write this store together; none takes WORLD_SIZE of torchrun, or 1."""
+    any_disk: bool = False
+    """Start even if the forecast says that the disk cannot hold the store."""
 
     def __post_init__(self) -> None:
         if not self.files:
             raise ConfigError("files must name at least one text file")
         if not self.hooks:
             raise ConfigError("hooks must name at least one hook point")
-        for name in ("length", "max_sequences", "batch_size"):
+        for name in ("length", "max_sequences", "max_rows", "batch_size", "every", "per_sequence", "world_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed must be in [0, 2**64), got {self.seed}")
-        if not 0.0 <= self.time <= 1.0:
-            raise ConfigError(f"time must be in [0, 1], 0 being clean text, got {self.time}")
-        if self.times != "fixed" and self.time != 0.0:
+        if self.shard_rows is not None and (self.shard_rows < 1 or self.shard_rows % schema.CHUNK_ROWS):
+            raise ConfigError(f"shard_rows must be a multiple of {schema.CHUNK_ROWS}, got {self.shard_rows}")
+        self._check_times()
+        self._needs("positions", "every", "every")
+        self._needs("positions", "random", "per_sequence")
+        if self.rank is not None and not 0 <= self.rank < (self.world_size or 1):
             raise ConfigError(
-                f"time {self.time} has no effect with times {self.times!r}; set times to 'fixed'"
+                f"rank must be from 0 to world_size - 1, got rank {self.rank} of {self.world_size or 1}"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What a store keeps: every field that has a part in its content, as plain values."""
+        return {name: value for name, value in to_mapping(self).items() if name not in RUN_ONLY}
+
+    def _check_times(self) -> None:
+        if self.times == "fixed" and not self.time:
+            raise ConfigError("times fixed needs time, such as --time 0.1 0.5 0.9")
+        if self.times != "fixed" and self.time:
+            raise ConfigError(
+                f"time {list(self.time)} has no effect with times {self.times!r}; set times to 'fixed'"
+            )
+        wrong = [time for time in self.time if not 0.0 <= time <= 1.0]
+        if wrong:
+            raise ConfigError(f"time must be in [0, 1], 0 being clean text, got {wrong[0]}")
+        if len(set(self.time)) < len(self.time):
+            raise ConfigError(f"time names a value twice: {list(self.time)}; name each once")
+
+    def _needs(self, choice: str, value: str, companion: str) -> None:
+        chosen, given = getattr(self, choice) == value, getattr(self, companion) is not None
+        if chosen and not given:
+            raise ConfigError(f"{choice} {value} needs {companion}, a whole number")
+        if given and not chosen:
+            raise ConfigError(f"{companion} has no effect with {choice} {getattr(self, choice)!r}")
+
+
+assert {field.name for field in fields(CaptureConfig)} >= RUN_ONLY

@@ -1,25 +1,47 @@
 """The commit point of a store: manifest.json says which rows are durable, and is replaced atomically.
 
-Order of a commit: the data files are written and fsynced, then the manifest is written beside the old one,
-fsynced, renamed over it, and the directory fsynced. Whatever moment a run dies at, the manifest speaks only
-of rows that are on disk.
+Order of a commit: the shard's files are written and made durable, then the manifest that lists the shard
+replaces the old one. Whatever moment a run dies at, the manifest speaks only of rows that are on disk.
+
+While several ranks write one store, each has a manifest of its own, `manifest.rank-K-of-N.json`, which lists
+its shards; readers join them, and the last rank to finish replaces them by the one that a single process
+would have written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from capture.schema import SCHEMA_VERSION
 from mdlm_interp.errors import StoreError
 
 MANIFEST = "manifest.json"
-SYNC_THREADS = 8
+_RANK_NAME = re.compile(r"manifest\.rank-(\d+)-of-(\d+)\.json")
+_REMEDY = "restore it from a copy or capture again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """Where to begin again to make the rows after a shard: a place in the text and what it is numbered.
+
+    The place is the start of the group of documents that holds the first sequence of a batch.
+    """
+
+    documents: int = 0
+    """Documents before that group."""
+    blocks: int = 0
+    """Blocks of tokens before that group."""
+    candidate: int = 0
+    """Block number times the number of times of a block, plus which of them: what the batch begins with."""
+    sequence: int = 0
+    """The first sequence of the batch."""
+    row: int = 0
+    """The first row of that sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,111 +50,160 @@ class Shard:
 
     rows: tuple[int, int]
     """First row, and one past the last."""
-    first_sequence: int
-    """Number of the first sequence that ends in this shard; a sequence may begin in the one before."""
-    n_sequences: int
-    """Sequences that end in this shard."""
+    sequences: tuple[int, int]
+    """First sequence that ends in this shard, and one past the last; the first may begin in an earlier one."""
     sha256: str
-    """`schema.ContentHash` of these rows in every array of acts and rows."""
+    """`shards.shard_digest` of all its files."""
+    pending: int
+    """crc32c of the shard's pending file, which is there until the store is complete."""
+    not_finite: int
+    """Activations that are infinite or no number."""
+    resume: ResumePoint
+    """Where the batch of the last row begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store will hold and what of it is committed."""
+    """What of a store is committed."""
 
-    n_sequences: int
-    """Sequences of the complete store."""
     length: int
-    """Tokens per sequence."""
+    """Tokens of the longest sequence."""
+    shard_rows: int
+    """Rows of a full shard."""
+    planned_rows: int
+    """Rows expected when the capture began; of a complete store, those that there are."""
     complete: bool = False
-    committed_rows: int = 0
-    """Rows that readers may trust, whole sequences only: up to length - 1 fewer than the shards hold."""
     shards: tuple[Shard, ...] = ()
+    """In order of their rows; the shards of one rank need not be adjacent."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Of a complete store: SHA-256 of every file but the shards' and this one, by path in the store."""
+
+    @property
+    def committed_rows(self) -> int:
+        """Rows from the first one on that readers may trust."""
+        stop = 0
+        for shard in self.shards:
+            if shard.rows[0] != stop:
+                break
+            stop = shard.rows[1]
+        return stop
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences whose rows are all committed."""
+        rows = self.committed_rows
+        return max((shard.sequences[1] for shard in self.shards if shard.rows[1] <= rows), default=0)
+
+    def shard_at(self, number: int) -> Shard | None:
+        """The committed shard of that number."""
+        return next((shard for shard in self.shards if shard.rows[0] == number * self.shard_rows), None)
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Replace the manifest; what it speaks of must be durable already."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(manifest)}, indent=1) + "\n"
-    partial = root / (MANIFEST + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    os.replace(partial, root / MANIFEST)
-    sync(root)
+def rank_manifest(rank: int, world_size: int) -> str:
+    """Name of the manifest that a rank writes."""
+    return MANIFEST if world_size == 1 else f"manifest.rank-{rank}-of-{world_size}.json"
 
 
-def read_manifest(root: Path) -> Manifest:
-    """The manifest of a store.
+def world_size_of(names: Iterable[str]) -> int | None:
+    """Number of ranks that write a store, by the names of its manifests; None if none has begun."""
+    sizes = {int(match[2]) for name in names if (match := _RANK_NAME.fullmatch(name))}
+    return max(sizes, default=None)
 
+
+def joined(manifests: Sequence[Manifest]) -> Manifest:
+    """One manifest of all ranks' shards."""
+    shards = sorted((shard for manifest in manifests for shard in manifest.shards), key=lambda shard: shard.rows)
+    return replace(manifests[0], shards=tuple(shards))
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """The file's content, with its own SHA-256 over the rest."""
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "complete": manifest.complete,
+        "committed_rows": manifest.committed_rows,
+        "n_sequences": manifest.n_sequences,
+        "planned_rows": manifest.planned_rows,
+        "length": manifest.length,
+        "shard_rows": manifest.shard_rows,
+        "files": dict(sorted(manifest.files.items())),
+    }
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
+    entries = ",\n".join(_entry(shard) for shard in manifest.shards)
+    body = ",\n".join([*lines, f'  "shards": [\n{entries}\n  ]'])
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f'{{\n{body},\n  "sha256": "{digest}"\n}}\n'.encode()
+
+
+def from_bytes(data: bytes, name: str) -> Manifest:
+    """Parse a manifest.
+
+    Args:
+        name: What an error calls it.
     Raises:
-        StoreError: If there is none, it is damaged, or a later version of this package wrote it.
+        StoreError: If it is damaged, or a later version of this package wrote it.
     """
-    path = root / MANIFEST
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(
-            f"{root} has no {MANIFEST}: it is no activation store, or its capture died before the first row; "
-            f"remove it and capture again"
-        ) from None
+        stored = json.loads(data.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is damaged ({error}); restore it from a copy or capture again") from None
+        raise StoreError(f"{name} is damaged ({error}); {_REMEDY}") from None
     if not isinstance(stored, dict):
-        raise StoreError(f"{path} is damaged (no JSON object); restore it from a copy or capture again")
-    check_version(stored.get("schema_version"), path)
+        raise StoreError(f"{name} is damaged (no JSON object); {_REMEDY}")
+    check_version(stored.get("schema_version"), name)
     try:
-        return _parse(stored)
+        manifest = _parse(stored)
+        intact = to_bytes(manifest) == data
     except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise StoreError(f"{path} is damaged ({reason}); restore it from a copy or capture again") from None
+        raise StoreError(f"{name} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from None
+    if not intact:
+        raise StoreError(f"{name} is damaged (its content does not match its own SHA-256); {_REMEDY}")
+    return manifest
 
 
-def _parse(stored: dict[str, Any]) -> Manifest:
-    shards = []
-    for entry in stored["shards"]:
-        start, stop = (int(row) for row in entry["rows"])
-        first, count = int(entry["first_sequence"]), int(entry["n_sequences"])
-        shards.append(
-            Shard(rows=(start, stop), first_sequence=first, n_sequences=count, sha256=str(entry["sha256"]))
-        )
-    return Manifest(
-        n_sequences=int(stored["n_sequences"]),
-        length=int(stored["length"]),
-        complete=bool(stored["complete"]),
-        committed_rows=int(stored["committed_rows"]),
-        shards=tuple(shards),
-    )
-
-
-def check_version(version: object, path: Path) -> None:
+def check_version(version: object, name: str) -> None:
     """Raise StoreError unless this package reads stores of that schema version."""
     if type(version) is not int or version < 1:
         raise StoreError(
-            f"{path} has schema_version {version!r}, expected a whole number from 1; is it damaged?"
+            f"{name} has schema_version {version!r}, expected a whole number from 1; is it damaged?"
         )
     if version > SCHEMA_VERSION:
         raise StoreError(
-            f"{path} has schema_version {version}, this package reads up to {SCHEMA_VERSION}; "
-            f"update mdlm-interp"
+            f"{name} has schema_version {version}, this package reads {SCHEMA_VERSION}; update mdlm-interp"
+        )
+    if version < SCHEMA_VERSION:
+        raise StoreError(
+            f"{name} has schema_version {version}, this package reads {SCHEMA_VERSION}; capture again"
         )
 
 
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a directory's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+_ENTRIES: dict[Shard, str] = {}
+"""Serialised shards: a long capture commits thousands of times, and only the last entry is new."""
 
 
-def sync_all(paths: Iterable[Path]) -> None:
-    """`sync` for several at once; the file system joins them in few commits of its journal."""
-    with ThreadPoolExecutor(SYNC_THREADS) as pool:
-        for _ in pool.map(sync, paths):
-            pass
+def _entry(shard: Shard) -> str:
+    text = _ENTRIES.get(shard)
+    if text is None:
+        text = _ENTRIES[shard] = "    " + json.dumps(asdict(shard))
+    return text
 
 
-def sync_tree(root: Path) -> None:
-    """`sync` for everything below a directory, and for the entry of the directory itself."""
-    entries = [Path(top, name) for top, _, files in os.walk(root) for name in ["", *files]]
-    sync_all([*entries, root.resolve().parent])
+def _parse(stored: dict[str, Any]) -> Manifest:
+    shards = [
+        Shard(
+            rows=(int(entry["rows"][0]), int(entry["rows"][1])),
+            sequences=(int(entry["sequences"][0]), int(entry["sequences"][1])),
+            sha256=str(entry["sha256"]),
+            pending=int(entry["pending"]),
+            not_finite=int(entry["not_finite"]),
+            resume=ResumePoint(**{name: int(value) for name, value in entry["resume"].items()}),
+        )
+        for entry in stored["shards"]
+    ]
+    return Manifest(
+        length=int(stored["length"]),
+        shard_rows=int(stored["shard_rows"]),
+        planned_rows=int(stored["planned_rows"]),
+        complete=bool(stored["complete"]),
+        shards=tuple(shards),
+        files={str(name): str(value) for name, value in stored["files"].items()},
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,55 @@ from typing import Any
 import numpy as np
 import torch
 
+from capture.config import CaptureConfig
 from mdlm_interp import __version__
 from mdlm_interp.checkpoints import sha256_of, weights_sha256
-from mdlm_interp.config import MDLMConfig
 from mdlm_interp.diffusion import MIN_TIME, LogLinearSchedule
+from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer
 
 
 def provenance(
     *,
     model_directory: Path,
-    model: MDLMConfig,
+    model: HookedMDLM,
     tokenizer: Tokenizer,
-    files: Sequence[Path],
-    batch_shape: tuple[int, int],
-    seed: int,
+    config: CaptureConfig,
     schedule: LogLinearSchedule,
 ) -> dict[str, Any]:
-    """The record, as JSON holds it."""
+    """The record, as JSON holds it.
+
+    Args:
+        config: With its files expanded.
+    """
     return {
-        "weights_sha256": weights_sha256(model_directory),
-        "model": model.to_mapping(),
-        "tokenizer_sha256": tokenizer.sha256,
+        **model_record(model_directory, model, tokenizer),
         "sources": [
-            {"file": str(file), "sha256": sha256_of(file), "bytes": file.stat().st_size} for file in files
+            {"file": str(file), "sha256": sha256_of(file), "bytes": file.stat().st_size}
+            for file in config.files
         ],
-        "seed": seed,
+        "seed": config.seed,
         "schedule": {"name": "log-linear", "eps": schedule.eps, "min_time": MIN_TIME},
-        # Rounding differs between batch shapes, thread counts and instruction sets; nothing else does.
-        "arithmetic": "native",
-        "batch_shape": list(batch_shape),
+        # Native rounding differs between batch shapes, thread counts and instruction sets; nothing else does.
+        "arithmetic": config.arithmetic,
+        "batch_shape": [config.batch_size if config.pack == "blocks" else 1, config.length],
+        **stack_record(model),
+    }
+
+
+def model_record(directory: Path, model: HookedMDLM, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Which model, and which tokenizer."""
+    return {
+        "weights_sha256": weights_sha256(directory),
+        "model": model.config.to_mapping(),
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+
+
+def stack_record(model: HookedMDLM) -> dict[str, Any]:
+    """What the forward pass runs on."""
+    return {
+        "device": device_name(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         "cpu": {"machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()},
         "versions": {
@@ -52,3 +70,8 @@ def provenance(
             "tokenizers": version("tokenizers"),
         },
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What the forward pass runs on, without the number that a machine gives it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -10,89 +10,115 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from torch import Tensor
-from zarr.storage import LocalStore
+from zarr.core.sync import sync
 
 from capture import schema
-from capture.manifest import Manifest, check_version, read_manifest
+from capture.manifest import Manifest, check_version
+from capture.open_files import REMEDY
+from capture.places import Directory, Place, place_of
 from capture.statistics import HookStatistics, RunningMoments
+from capture.store_files import RowArray, StoreFiles
 from mdlm_interp.errors import StoreError, nearest
 from mdlm_interp.shapes import Float64, Int64
 
-LONG_RUN = 32
-"""Consecutive rows, on average, from which slices are faster than zarr's selection by number."""
+BLOCK_BYTES = 2**26
+"""Of one hook's rows: what is asked of the disk before it is read, or held in memory to be hashed."""
 
 Rows: TypeAlias = "slice | Sequence[int] | NDArray[np.integer[Any]] | Tensor"
 
 
 def open_store(path: str | Path) -> ActivationStore:
-    """Open an activation store for reading, complete or not.
+    """Open an activation store for reading, complete or not: a directory, a URL, or an HDF5 or safetensors export.
 
     Raises:
         StoreError: If there is no store, its metadata is damaged, or a later version wrote it.
     """
-    root = Path(path)
-    if not root.is_dir():
-        siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
-        what = "is a file, not a store" if root.exists() else "does not exist"
-        raise StoreError(f"{root} {what}{nearest(root.name, siblings) if not root.exists() else ''}")
-    manifest = read_manifest(root)
-    try:
-        group = zarr.open_group(LocalStore(root, read_only=True), mode="r")
-        attributes = dict(group.attrs)
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise StoreError(
-            f"{root / 'zarr.json'} is missing or damaged ({error}); restore it from a copy"
-        ) from None
-    if attributes.get("format") != schema.FORMAT:
-        raise StoreError(
-            f"{root} is a Zarr group, but not one of {schema.FORMAT!r}; was another program's given?"
-        )
-    check_version(attributes.get("schema_version"), root / "zarr.json")
-    for name in ("hooks", "config", "provenance"):
-        if name not in attributes:
-            raise StoreError(f"{root / 'zarr.json'} lacks the attribute {name!r}; restore it from a copy")
-    return ActivationStore(root, group, attributes, manifest)
+    # Here, because what reads an export is made of what is in this module.
+    from capture.convert.exported import open_export
+
+    return open_export(path) or ActivationStore(place_of(path))
 
 
 class ActivationStore:
-    """Activations of a model over noised text, one row a token; `open_store` makes it."""
+    """Activations of a model over noised text, one row a token; `open_store` makes it.
 
-    def __init__(
-        self, root: Path, group: zarr.Group, attributes: Mapping[str, Any], manifest: Manifest
-    ) -> None:
-        self.path = root
-        """Directory of the store."""
-        self.manifest = manifest
-        """What is committed, and the shards."""
-        self._group, self._attributes = group, attributes
-        self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._times: Float64[Tensor, " sequence"] | None = None
+    Several threads may use it at a time, and processes forked from this one.
+    """
+
+    def __init__(self, place: Place, files: StoreFiles | None = None) -> None:
+        self._place, self._files = place, StoreFiles(place) if files is None else files
+        self._rows = self._files.manifest.committed_rows
+        self._acts_by_hook: dict[str, RowArray] = {}
+        attributes = self._files.metadata().get("attributes")
+        if not isinstance(attributes, dict) or attributes.get("format") != schema.FORMAT:
+            raise StoreError(
+                f"{place.name} is a Zarr group, but not one of {schema.FORMAT!r}; was another program's given?"
+            )
+        check_version(attributes.get("schema_version"), f"{place.name}/zarr.json")
+        for name in ("hooks", "dtype", "config", "provenance"):
+            if name not in attributes:
+                raise StoreError(f"{place.name}/zarr.json lacks the attribute {name!r}; {REMEDY}")
+        if attributes["dtype"] not in schema.ARRAY_TYPES:
+            raise StoreError(f"{place.name}/zarr.json has an unknown dtype {attributes['dtype']!r}; {REMEDY}")
+        self._attributes: Mapping[str, Any] = attributes
+        self._hooks = tuple(str(hook) for hook in attributes["hooks"])
 
     def __len__(self) -> int:
         """Committed rows."""
-        return self.manifest.committed_rows
+        return self._rows
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "incomplete"
-        return f"ActivationStore({str(self.path)!r}, {len(self)} rows, {len(self.hooks)} hooks, {state})"
+        return f"ActivationStore({self.name!r}, {len(self)} rows, {len(self.hooks)} hooks, {state})"
+
+    @property
+    def name(self) -> str:
+        """The directory or URL."""
+        return self._place.name
+
+    @property
+    def path(self) -> Path:
+        """Directory of the store.
+
+        Raises:
+            StoreError: If it is not in a local directory.
+        """
+        if not isinstance(self._place, Directory):
+            raise StoreError(f"{self.name} is no local directory; copy the store to one first")
+        return self._place.root
+
+    @property
+    def files(self) -> StoreFiles:
+        """The arrays as they are stored, for what copies them bit for bit."""
+        return self._files
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is committed, and the shards."""
+        return self._files.manifest
 
     @property
     def hooks(self) -> tuple[str, ...]:
         """Names of the recorded hook points, in execution order."""
-        return tuple(self._attributes["hooks"])
+        return self._hooks
+
+    @property
+    def dtype(self) -> schema.StoredType:
+        """Type that activations are stored in; they are read as float32."""
+        dtype: schema.StoredType = self._attributes["dtype"]
+        return dtype
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The resolved `CaptureConfig`, as plain values."""
+        """The resolved `CaptureConfig` as plain values, but for how it was run."""
         return dict(self._attributes["config"])
 
     @property
@@ -101,14 +127,24 @@ class ActivationStore:
         return dict(self._attributes["provenance"])
 
     @property
+    def positions(self) -> str:
+        """Which positions of a sequence were recorded: all, masked, unmasked, every or random."""
+        return str(self._attributes["config"].get("positions", "all"))
+
+    @property
     def length(self) -> int:
-        """Tokens per sequence."""
+        """Tokens of the longest sequence."""
         return self.manifest.length
 
     @property
     def n_sequences(self) -> int:
-        """Committed sequences."""
-        return len(self) // self.length
+        """Sequences whose rows are all committed."""
+        return self.manifest.n_sequences
+
+    @property
+    def planned_rows(self) -> int:
+        """Rows expected when the capture began; of a complete store, those that there are."""
+        return self.manifest.planned_rows
 
     @property
     def complete(self) -> bool:
@@ -118,16 +154,31 @@ class ActivationStore:
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of all the store's files."""
-        return sum(
-            os.path.getsize(os.path.join(top, name)) for top, _, names in os.walk(self.path) for name in names
+        if not isinstance(self._place, Directory):
+            return int(sync(self._place.zarr_store().getsize_prefix("")))
+        total = 0
+        for top, _, names in os.walk(self._place.root):
+            for name in names:
+                with suppress(FileNotFoundError):  # of a capture that goes on
+                    total += os.path.getsize(os.path.join(top, name))
+        return total
+
+    @property
+    def layout(self) -> schema.Layout:
+        """The sizes of all arrays."""
+        shapes = {hook: self.row_shape(hook) for hook in self.hooks}
+        return schema.Layout(
+            shapes=shapes, length=self.length, dtype=self.dtype, shard_rows=self.manifest.shard_rows
         )
 
     def row_shape(self, hook: str) -> tuple[int, ...]:
         """Shape of one row of a hook: [d] for a residual stream, [head, d_head] for attention."""
-        return tuple(self._acts(hook).shape[1:])
+        return self._acts(hook).row
 
     def read(self, rows: Rows, hooks: str | Sequence[str] | None = None) -> dict[str, Tensor]:
         """Float32 activations [row, ...] by hook name, rows in the order asked for.
+
+        Every chunk is compared with its checksum when this store first touches it.
 
         Args:
             rows: A slice, which reads fastest, or row numbers in any order, also repeated.
@@ -135,79 +186,196 @@ class ActivationStore:
         Raises:
             StoreError: If a row or hook is not in the store, or a chunk is damaged.
         """
-        names = [hooks] if isinstance(hooks, str) else list(self.hooks if hooks is None else hooks)
-        for name in names:
-            self._acts(name)
-        selection = self._selection(rows)
-        return {name: torch.from_numpy(self._gather(f"acts/{name}", selection)) for name in names}
+        return self._activations(rows, hooks, check=True)
 
-    def coords(self, rows: Rows) -> dict[str, Tensor]:
-        """Every column of rows/ (seq, pos, x0, xt, is_masked, doc), and t, of the rows asked for."""
-        selection = self._selection(rows)
-        columns = {
-            name: torch.from_numpy(self._gather(f"rows/{name}", selection)) for name in schema.ROW_COLUMNS
-        }
-        return {**columns, "t": self.times()[columns["seq"]]}
+    def gather(self, rows: Rows, hooks: str | Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The same as `read`, but of a chunk of which few rows are wanted only those are read.
+
+        If such a chunk was not read whole before, it is NOT compared with its checksum, which takes all of
+        its 256 rows; `mdlm-interp capture verify` checks everything. This is the fast way to few rows from
+        many places: the kernel is asked for all of them at once, and a disk serves them side by side.
+        """
+        return self._activations(rows, hooks, check=False)
+
+    def prefetch(self, rows: Rows, hooks: str | Sequence[str] | None = None) -> None:
+        """Ask the system to begin fetching what `read` of these rows will need; returns at once.
+
+        Raises:
+            StoreError: If a row or hook is not in the store, or a file is gone.
+        """
+        arrays = [self._acts(name) for name in self._names(hooks)]
+        numbers = np.arange(*self._span(rows)) if isinstance(rows, slice) else self._ascending(rows)[0]
+        for array in arrays:
+            array.prefetch(numbers)
+
+    def coords(self, rows: Rows, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Coordinates of the rows asked for: the columns of rows/ (seq, pos, x0, xt, is_masked, doc), and t.
+
+        Of an incomplete store, t is NaN in a last sequence of which only the beginning is committed.
+
+        Args:
+            names: Some of these; none takes all.
+        Raises:
+            StoreError: If a row or a name is not there, or a chunk is damaged.
+        """
+        known = (*schema.ROW_COLUMNS, "t")
+        names = known if names is None else names
+        for name in names:
+            if name not in known:
+                raise StoreError(f"rows have no coordinate {name!r}{nearest(name, known)}")
+        stored = dict.fromkeys("seq" if name == "t" else name for name in names)
+        arrays = {name: self._files.array(f"rows/{name}") for name in stored}
+        if isinstance(rows, slice):
+            start, stop = self._span(rows)
+            columns = {name: _native(array.read(start, stop)) for name, array in arrays.items()}
+        else:
+            ascending, positions = self._ascending(rows)
+            columns = {name: np.empty(len(ascending), array.dtype) for name, array in arrays.items()}
+            for name, array in arrays.items():
+                array.take(ascending, columns[name], positions)
+            columns = {name: _native(values) for name, values in columns.items()}
+        if "t" in names:
+            times = np.append(self._files.sequence_column("t"), np.nan)
+            columns["t"] = times[np.minimum(columns["seq"], len(times) - 1)]
+        return {name: torch.from_numpy(columns[name]) for name in names}
 
     def tokens(self) -> tuple[Int64[Tensor, "sequence pos"], Int64[Tensor, "sequence pos"]]:
-        """Clean and noised token ids (x0, xt) of every committed sequence."""
-        x0, xt = (torch.from_numpy(self._fetch(f"rows/{name}", slice(0, len(self)))) for name in ("x0", "xt"))
-        return x0.view(-1, self.length), xt.view(-1, self.length)
+        """Clean and noised token ids (x0, xt) of every committed sequence; -1 after the end of shorter ones."""
+        return self.sequence_column("x0").long(), self.sequence_column("xt").long()
 
     def times(self) -> Float64[Tensor, " sequence"]:
         """Diffusion time of every committed sequence, 0 clean to 1 all masked."""
-        if self._times is None:
-            self._times = torch.from_numpy(self._fetch("seqs/t", slice(0, self.n_sequences)))
-        return self._times.clone()
+        return self.sequence_column("t")
+
+    def sequence_column(self, name: str) -> Tensor:
+        """A column of `schema.SEQUENCE_COLUMNS` of every committed sequence: [sequence] or [sequence, pos].
+
+        Raises:
+            StoreError: If there is no such column.
+        """
+        if name not in schema.SEQUENCE_COLUMNS:
+            raise StoreError(f"{self.name} has no column {name!r}{nearest(name, schema.SEQUENCE_COLUMNS)}")
+        return torch.from_numpy(_native(self._files.sequence_column(name)).copy())
+
+    def sequence_rows(self, seq: int) -> slice:
+        """The rows of a committed sequence, in order of their position.
+
+        Raises:
+            StoreError: If there is no such sequence.
+        """
+        if not 0 <= seq < self.n_sequences:
+            raise StoreError(f"{self.name}: sequences are in [0, {self.n_sequences}), got {seq}")
+        starts = self._files.sequence_column("row")
+        start = int(starts[seq])
+        if seq + 1 < len(starts):
+            return slice(start, int(starts[seq + 1]))
+        # The beginning of a sequence that is not committed whole may follow.
+        after = self._files.array("rows/seq").read(start, len(self))
+        return slice(start, start + int(np.searchsorted(after, seq, side="right")))
+
+    def row_of(self, seq: int, pos: int) -> int:
+        """The row of a token.
+
+        Raises:
+            StoreError: If there is no such sequence, or this position of it was not recorded.
+        """
+        rows = self.sequence_rows(seq)
+        recorded = self._files.array("rows/pos").read(rows.start, rows.stop)
+        index = int(np.searchsorted(recorded, pos))
+        if index == len(recorded) or int(recorded[index]) != pos:
+            raise StoreError(
+                f"{self.name} has no row of position {pos} in sequence {seq}; it recorded "
+                f"positions {self.positions!r}"
+            )
+        return int(rows.start) + index
 
     def statistics(self, hook: str) -> HookStatistics:
-        """Count, mean and mean square by (masked, part of [0, 1] in t); of committed rows if incomplete."""
-        array = self._acts(hook)
+        """Count, mean and mean square by (masked, part of [0, 1] in t), of all committed rows.
+
+        They are sums of what the model gave; a store in 16 bits holds it rounded.
+        """
+        shape = self.row_shape(hook)
         if self.complete:
-            stored = {name: self._fetch(f"stats/{hook}/{name}", slice(None)) for name in schema.STATISTICS}
-            return HookStatistics.from_arrays(stored)
-        moments = RunningMoments(tuple(array.shape[1:]))
-        for rows in self._blocks():
-            columns = self.coords(rows)
-            acts = self._fetch(f"acts/{hook}", rows)
-            moments.add(acts, columns["is_masked"].numpy(), columns["t"].numpy())
+            stored = {name: self._files.array(f"stats/{hook}/{name}") for name in schema.STATISTICS}
+            return HookStatistics.from_arrays(
+                {name: _native(array.read(0, array.rows)) for name, array in stored.items()}
+            )
+        moments = RunningMoments(shape)
+        names = {part: f"stats/{hook}/{part}" for part in ("count", "total", "square")}
+        for shard in self._files.committed():
+            later, found = RunningMoments(shape), self._files.pending(shard, list(names.values()))
+            for part, name in names.items():
+                setattr(later, part, found[name])
+            moments.merge(later)
         return HookStatistics.from_arrays(moments.arrays())
 
     def fingerprint(self) -> str:
-        """SHA-256 over name, dtype, shape and bytes of all committed acts, rows and seqs; reads them all."""
+        """SHA-256 over name, dtype, shape and bytes of all committed acts, rows and seqs; reads them all.
+
+        It does not depend on how rows are divided into shards.
+        """
         content = schema.ContentHash()
-        columns = {f"rows/{name}": column.dtype for name, column in schema.ROW_COLUMNS.items()}
-        for name, dtype in {**{f"acts/{hook}": "float32" for hook in self.hooks}, **columns}.items():
-            shape = (len(self), *self._array(name).shape[1:])
-            content.add(name, dtype, shape, (self._fetch(name, rows) for rows in self._blocks()))
-        for column_name, column in schema.SEQUENCE_COLUMNS.items():
-            name = f"seqs/{column_name}"
-            values = self._fetch(name, slice(0, self.n_sequences))
-            content.add(name, column.dtype, values.shape, [values])
+        acts = [f"acts/{hook}" for hook in self.hooks]
+        for name in [*acts, *(f"rows/{column}" for column in schema.ROW_COLUMNS)]:
+            array = self._files.array(name)
+            content.add(name, array.dtype.name, (len(self), *array.row), self._blocks(array))
+        for name, column in schema.SEQUENCE_COLUMNS.items():
+            shape = self._files.sequence_shape(name, self.n_sequences)
+            content.add(f"seqs/{name}", column.dtype, shape, self._files.sequence_blocks(name))
         return content.hexdigest()
 
-    def _blocks(self) -> Iterator[slice]:
-        """The committed rows, a shard at a time."""
-        for shard in self.manifest.shards:
-            start, stop = shard.rows
-            if start < len(self):
-                yield slice(start, min(stop, len(self)))
-
-    def _selection(self, rows: Rows) -> slice | NDArray[np.int64]:
-        """Rows as a checked slice with both ends, or as checked row numbers."""
+    def _activations(
+        self, rows: Rows, hooks: str | Sequence[str] | None, *, check: bool
+    ) -> dict[str, Tensor]:
+        names = self._names(hooks)
+        arrays = [self._acts(name) for name in names]
         if isinstance(rows, slice):
-            start, stop = rows.start or 0, len(self) if rows.stop is None else rows.stop
-            if rows.step not in (None, 1):
-                raise StoreError(
-                    f"a slice of rows must have step 1, got {rows.step}; pass range(...) instead"
-                )
-            for end in (start, stop):
-                if not 0 <= end <= len(self):
-                    raise StoreError(self._out_of_range(end, f"a slice from {start} to {stop}"))
-            return slice(start, max(start, stop))
+            start, stop = self._span(rows)
+            return {name: _floats(array.read(start, stop)) for name, array in zip(names, arrays, strict=True)}
+        ascending, positions = self._ascending(rows)
+        values = [np.empty((len(ascending), *array.row), array.dtype) for array in arrays]
+        step = max(1, BLOCK_BYTES // max([_row_bytes(array) for array in arrays], default=1))
+        for first in range(0, len(ascending), step):
+            block = slice(first, first + step)
+            for array in arrays:
+                array.prefetch(ascending[block], check=check)
+            for array, out in zip(arrays, values, strict=True):
+                target, at = (out[block], None) if positions is None else (out, positions[block])
+                array.take(ascending[block], target, at, check=check)
+        return {name: _floats(out) for name, out in zip(names, values, strict=True)}
+
+    def _names(self, hooks: str | Sequence[str] | None) -> Sequence[str]:
+        return [hooks] if isinstance(hooks, str) else self.hooks if hooks is None else hooks
+
+    def _acts(self, hook: str) -> RowArray:
+        found = self._acts_by_hook.get(hook)
+        if found is None:
+            if hook not in self._hooks:
+                raise StoreError(f"{self.name} holds no hook {hook!r}{nearest(hook, self._hooks)}")
+            found = self._acts_by_hook[hook] = self._files.array(f"acts/{hook}")
+        return found
+
+    def _blocks(self, array: RowArray) -> Iterator[NDArray[Any]]:
+        """All committed rows of an array, in portions."""
+        step = schema.CHUNK_ROWS * max(1, BLOCK_BYTES // (schema.CHUNK_ROWS * _row_bytes(array)))
+        for start in range(0, len(self), step):
+            yield array.read(start, min(start + step, len(self)))
+
+    def _span(self, rows: slice) -> tuple[int, int]:
+        """Both ends of a checked slice."""
+        start, stop = rows.start or 0, len(self) if rows.stop is None else rows.stop
+        if rows.step not in (None, 1):
+            raise StoreError(f"a slice of rows must have step 1, got {rows.step}; pass range(...) instead")
+        if not 0 <= start <= self._rows or not 0 <= stop <= self._rows:
+            end = stop if 0 <= start <= self._rows else start
+            raise StoreError(self._out_of_range(end, f"a slice from {start} to {stop}"))
+        return start, max(start, stop)
+
+    def _ascending(self, rows: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Checked row numbers in ascending order, and where each was asked for unless they came so."""
         given = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
         if given.size == 0:
-            return slice(0, 0)
+            return np.empty(0, np.int64), None
         if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
             hint = "; of a mask, pass mask.nonzero()" if given.dtype == np.bool_ else ""
             raise StoreError(
@@ -216,83 +384,30 @@ class ActivationStore:
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= len(self):
             raise StoreError(self._out_of_range(low if low < 0 else high, "rows"))
-        return given.astype(np.int64)
+        numbers = given.astype(np.int64)
+        if bool((numbers[1:] >= numbers[:-1]).all()):
+            return numbers, None
+        positions = np.argsort(numbers, kind="stable")
+        return numbers[positions], positions
 
     def _out_of_range(self, row: int, what: str) -> str:
-        planned = self.manifest.n_sequences * self.length
-        state = (
-            "" if self.complete else f"; the store is incomplete, {len(self)} of {planned} rows are committed"
-        )
+        planned = f"{len(self)} of {self.planned_rows} rows are committed"
+        state = "" if self.complete else f"; the store is incomplete, {planned}"
         return f"{what} must lie in [0, {len(self)}), got {row}{state}"
 
-    def _gather(self, name: str, selection: slice | NDArray[np.int64]) -> NDArray[Any]:
-        """Values of rows in the order asked for."""
-        if isinstance(selection, slice):
-            return self._fetch(name, selection)
-        if bool((np.diff(selection) > 0).all()):
-            return self._fetch(name, selection)
-        # Sorted, each chunk is decoded once.
-        unique, inverse = np.unique(selection, return_inverse=True)
-        return self._fetch(name, unique)[inverse]
 
-    def _fetch(self, name: str, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
-        """Values of an array, each file checked; row numbers must ascend."""
-        array = self._array(name)
-        files = self._files(name, array, rows)
-        for file in files.values():
-            # Zarr reads a file that is not there as fill values.
-            if not file.is_file():
-                raise StoreError(f"{file} is missing; restore it from a copy or capture again")
-        try:
-            return np.asarray(array[rows] if isinstance(rows, slice) else _take(array, rows))
-        except ValueError as error:  # what zarr raises for a checksum
-            damaged = self._damaged(array, files) or self.path / name
-            raise StoreError(
-                f"{damaged} is damaged ({error}); restore it from a copy or capture again"
-            ) from error
-
-    def _files(self, name: str, array: zarr.Array[Any], rows: slice | NDArray[np.int64]) -> dict[int, Path]:
-        """The files that hold these rows, by number."""
-        per_file = (array.shards or array.chunks)[0]
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(array.shape[0])
-            numbers = range(start // per_file, -(-stop // per_file)) if stop > start else range(0)
-        else:
-            numbers = np.unique(rows // per_file).tolist()
-        return {number: self.path / schema.file_of(name, array.ndim, number) for number in numbers}
-
-    def _damaged(self, array: zarr.Array[Any], files: Mapping[int, Path]) -> Path | None:
-        """The first of these files that does not read."""
-        per_file = (array.shards or array.chunks)[0]
-        for number, file in files.items():
-            try:
-                array[number * per_file : (number + 1) * per_file]
-            except ValueError:
-                return file
-        return None
-
-    def _acts(self, hook: str) -> zarr.Array[Any]:
-        if hook not in self.hooks:
-            raise StoreError(f"{self.path} holds no hook {hook!r}{nearest(hook, self.hooks)}")
-        return self._array(f"acts/{hook}")
-
-    def _array(self, name: str) -> zarr.Array[Any]:
-        if name not in self._arrays:
-            try:
-                array = self._group[name]
-            except (KeyError, ValueError, TypeError) as error:
-                file = self.path / name / "zarr.json"
-                raise StoreError(f"{file} is missing or damaged ({error}); restore it from a copy") from None
-            if not isinstance(array, zarr.Array):
-                raise StoreError(f"{self.path / name} is a group, expected an array; restore it from a copy")
-            self._arrays[name] = array
-        return self._arrays[name]
+def _row_bytes(array: RowArray) -> int:
+    return max(1, array.dtype.itemsize * int(np.prod(array.row, dtype=np.int64)))
 
 
-def _take(array: zarr.Array[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
-    """Values of ascending rows: a slice for each run of them if the runs are long, else one by one."""
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1, [len(rows)]])
-    if len(rows) < LONG_RUN * (len(starts) - 1):
-        return np.asarray(array.oindex[rows])
-    runs = [array[int(rows[start]) : int(rows[stop - 1]) + 1] for start, stop in pairwise(starts)]
-    return np.asarray(runs[0]) if len(runs) == 1 else np.concatenate(runs)
+def _native(values: NDArray[Any]) -> NDArray[Any]:
+    """In the byte order of this machine, which torch wants."""
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def _floats(values: NDArray[Any]) -> Tensor:
+    """Stored activations as float32."""
+    values = _native(values)
+    if values.dtype == np.uint16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
+    return torch.from_numpy(values).float()

@@ -1,114 +1,173 @@
-"""The capture: text to sequences, noise, forward pass, store.
+"""The capture: text to sequences, noise, forward pass, store; and its continuation.
 
 1. Everything that can be wrong with the request is found before anything is written.
-2. The text is read once to count and place the sequences, then again in batches.
-3. Each batch is noised, run, and appended; the writer commits a shard at a time.
+2. The store is made, or found and compared with the request: what another request began is refused.
+3. Batches are run from the last commit on, while threads write the rows of earlier ones.
+4. When the text or the budget ends, the last of the ranks completes the store.
 
-Tokens, times and masks are functions of (text, seed, number of the sequence): batches do not enter.
+Tokens, times, masks and positions are functions of (text, seed, number of the block): neither batches nor
+ranks nor interruptions enter. Under exact arithmetic neither do they enter the bytes of the activations.
 """
-
-# Axes: batch, pos, row (batch * pos), sequence
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
+from capture import manifest as manifests
 from capture import schema
+from capture.begin import begin
 from capture.config import CaptureConfig
+from capture.finish import done_name, finish
+from capture.forecast import forecast, refuse_full_disk
+from capture.forward import Forward
+from capture.places import Place, place_of
+from capture.plan import SCHEDULE, Batch, batches, read_blocks
 from capture.provenance import provenance
 from capture.reader import ActivationStore, open_store
-from capture.writer import StoreWriter, refuse_existing
+from capture.writer import Rows, StoreWriter
 from mdlm_interp.checkpoints import resolve_source
-from mdlm_interp.config_files import to_mapping
-from mdlm_interp.diffusion import LogLinearSchedule, corrupt, sequence_times
-from mdlm_interp.documents import TokenBlock, read_documents, token_blocks
-from mdlm_interp.errors import ConfigError, DataError, HookError, StoreError
+from mdlm_interp.documents import expand_files
+from mdlm_interp.errors import ConfigError, DataError, HookError
 from mdlm_interp.hooks import select_names
 from mdlm_interp.model import HookedMDLM
-from mdlm_interp.shapes import Float64, Int64
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
-
-SCHEDULE = LogLinearSchedule()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Consecutive sequences as the model reads them, and the columns of their rows."""
+class Request:
+    """A capture that was found possible."""
 
-    xt: Int64[Tensor, "batch pos"]
-    sigma: Float64[Tensor, " batch"]
-    columns: dict[str, Tensor]
-    """Every column of `schema.ROW_COLUMNS` [row]."""
+    config: CaptureConfig
+    """With nothing left to default."""
+    model: HookedMDLM
+    directory: Path
+    """Of the model."""
+    tokenizer: Tokenizer
+    layout: schema.Layout
+    rank: int
+    world_size: int
 
 
 def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationStore:
-    """Run the model over the text and store what its hook points see.
+    """Run the model over the text and store what its hook points see, or go on with a store begun so.
 
-    When it is interrupted or fails, the store stays readable up to its last commit.
+    When it is interrupted or fails, the store stays readable up to its last commit, and the same call goes
+    on from there to the same bytes. Of several ranks the last to end completes the store; the others return
+    it incomplete.
 
     Args:
-        progress: Show a bar with rows/s on stderr, if that is a terminal.
+        progress: Show the forecast, and a bar with rows/s on stderr if that is a terminal.
     Raises:
-        OutputExistsError: If `config.out` holds something; it is left alone.
+        OutputExistsError: If `config.out` holds something else; it is left alone.
         ConfigError, DataError, HookError, CheckpointError: If the request does not fit the model or text.
-        StoreError: If the disk cannot hold the store.
+        StoreError: If the disk cannot hold the store, or another process is writing it.
+        WriteError: If the disk fails or is full while writing; what is committed stays.
     """
-    refuse_existing(config.out)
-    directory = resolve_source(config.model)
-    model = HookedMDLM.from_pretrained(directory)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    config = resolved(config, model, tokenizer)
-    assert config.length is not None
-    hooks = recordable_hooks(config.hooks, model)
-    sequences = plan_sequences(config, tokenizer)
-    layout = schema.Layout(
-        shapes={hook: schema.row_shape(hook, model.config) for hook in hooks},
-        n_sequences=len(sequences["t"]),
-        length=config.length,
-    )
-    refuse_full_disk(config.out, layout)
+    request = prepared(config)
+    place = place_of(config.out)
+    expected = forecast(request.config, request.tokenizer, request.layout)
+    if not config.any_disk:
+        refuse_full_disk(place, expected)
+    if progress and request.rank == 0:
+        print(f"{place.name}: {expected}", file=sys.stderr)
     attributes = {
-        "config": to_mapping(config),
+        "config": request.config.identity(),
         "provenance": provenance(
-            model_directory=directory,
-            model=model.config,
-            tokenizer=tokenizer,
-            files=config.files,
-            batch_shape=(config.batch_size, config.length),
-            seed=config.seed,
+            model_directory=request.directory,
+            model=request.model,
+            tokenizer=request.tokenizer,
+            config=request.config,
             schedule=SCHEDULE,
         ),
     }
-    writer = StoreWriter(config.out, layout, attributes=attributes, sequences=sequences)
-    stop_at_block = last_block_needed(hooks)
-    quiet = not progress or not sys.stderr.isatty()
-    with tqdm(total=layout.rows, unit="row", unit_scale=True, disable=quiet) as bar:
-        for batch in batches(config, tokenizer, sequences):
-            with torch.inference_mode():
-                _, cache = model.run_with_cache(
-                    batch.xt,
-                    hooks,
-                    timesteps=batch.sigma,
-                    stop_at_block=stop_at_block,
-                    clone=False,
-                    device="cpu",
-                )
-            writer.append({hook: cache[hook].flatten(0, 1) for hook in hooks}, batch.columns)
-            bar.update(batch.xt.numel())
-    writer.finish()
+    manifest = begin(place, request.layout, attributes, expected.rows, request.rank, request.world_size)
+    if not manifest.complete:
+        with place.lock(f"rank-{request.rank}"):
+            # Another process may have committed between reading the manifest and taking the lock.
+            manifest = begin(place, request.layout, attributes, expected.rows, request.rank, request.world_size)
+            rows = _write(place, request, manifest, progress)
+            with place.lock("finish", wait=True):
+                finish(place, request.layout, world_size=request.world_size, rows=rows)
     return open_store(config.out)
+
+
+def prepared(config: CaptureConfig) -> Request:
+    """The request with everything resolved and checked; writes nothing."""
+    rank, world_size = ranks(config)
+    directory = resolve_source(config.model)
+    device = device_of(config.device, rank)
+    model = HookedMDLM.from_pretrained(directory, device=device)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    config = resolved(config, model, tokenizer)
+    assert config.length is not None and config.shard_rows is not None
+    hooks = recordable_hooks(config.hooks, model)
+    if next(batches(config, tokenizer), None) is None:
+        raise DataError(_too_short(config, tokenizer))
+    layout = schema.Layout(
+        shapes={hook: schema.row_shape(hook, model.config) for hook in hooks},
+        length=config.length,
+        dtype=config.dtype,
+        shard_rows=config.shard_rows,
+    )
+    return Request(
+        config=config,
+        model=model,
+        directory=directory,
+        tokenizer=tokenizer,
+        layout=layout,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _too_short(config: CaptureConfig, tokenizer: Tokenizer) -> str:
+    if config.max_rows is not None or config.positions in ("masked", "unmasked"):
+        return (
+            f"no sequence of length {config.length} with {config.positions} positions fits the text and max_rows "
+            f"{config.max_rows}; raise --max-rows or give more text"
+        )
+    tokens = sum(1 for _ in read_blocks(replace(config, pack="blocks", length=1, wrap=False), tokenizer))
+    needed = (config.length or 0) - (2 if config.wrap else 0)
+    return (
+        f"the text has {tokens} tokens and one sequence of length {config.length} needs {needed}; lower --length "
+        f"or give more text"
+    )
+
+
+def ranks(config: CaptureConfig) -> tuple[int, int]:
+    """(rank, world_size): the config's, or torchrun's, or (0, 1)."""
+    if config.world_size is None and config.rank is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if config.rank is None or config.world_size is None:
+        raise ConfigError("rank and world_size must be given together, such as --rank 0 --world-size 4")
+    return config.rank, config.world_size
+
+
+def device_of(name: str, rank: int) -> torch.device:
+    """The device of a rank: on a machine with several, each takes its own."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device {name!r}: this machine has no CUDA device that torch can use; take cpu")
+        if device.index is None:
+            local = int(os.environ.get("LOCAL_RANK", rank))
+            return torch.device("cuda", local % torch.cuda.device_count())
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()}, numbered from 0")
+    return device
 
 
 def resolved(config: CaptureConfig, model: HookedMDLM, tokenizer: Tokenizer) -> CaptureConfig:
@@ -124,7 +183,15 @@ def resolved(config: CaptureConfig, model: HookedMDLM, tokenizer: Tokenizer) -> 
         raise ConfigError(
             f"length {length} is more than the model's context of {context} tokens; lower --length"
         )
-    return replace(config, length=length, tokenizer=config.tokenizer or config.model)
+    if config.per_sequence is not None and config.per_sequence > length:
+        raise ConfigError(f"per_sequence must be at most length {length}, got {config.per_sequence}")
+    return replace(
+        config,
+        files=expand_files(config.files),
+        length=length,
+        tokenizer=config.tokenizer or config.model,
+        shard_rows=config.shard_rows or schema.SHARD_ROWS,
+    )
 
 
 def recordable_hooks(patterns: Sequence[str], model: HookedMDLM) -> list[str]:
@@ -145,95 +212,63 @@ def recordable_hooks(patterns: Sequence[str], model: HookedMDLM) -> list[str]:
     return hooks
 
 
-def last_block_needed(hooks: Sequence[str]) -> int | None:
-    """`stop_at_block` of the shortest forward pass that reaches all these hook points."""
-    if any(not hook.startswith("blocks.") and hook != "hook_embed" for hook in hooks):
-        return None
-    return max((int(hook.split(".")[1]) + 1 for hook in hooks if hook != "hook_embed"), default=0)
+def forward_of(model: HookedMDLM, hooks: Sequence[str], config: CaptureConfig) -> Forward:
+    """The forward pass in the arithmetic that was asked for."""
+    if config.arithmetic == "exact":
+        from oracle import Oracle
+
+        model = Oracle(model).model
+    return Forward(model, hooks, together=config.pack == "blocks")
 
 
-def read_blocks(config: CaptureConfig, tokenizer: Tokenizer) -> Iterator[TokenBlock]:
-    """The sequences of a resolved config, in order."""
-    assert config.length is not None
-    blocks = token_blocks(read_documents(config.files), tokenizer, config.length, wrap=config.wrap)
-    return islice(blocks, config.max_sequences)
+def _write(place: Place, request: Request, manifest: manifests.Manifest, progress: bool) -> int:
+    """Run and commit what this rank has not committed yet; rows of the whole store."""
+    config, layout = request.config, request.layout
+    forward = forward_of(request.model, list(layout.shapes), config)
+    resume = manifest.shards[-1].resume if manifest.shards else None
+    rows = 0
+    with (
+        _bar(request, manifest, progress) as bar,
+        _writing(place, request, manifest) as writer,
+    ):
+        for batch in batches(config, request.tokenizer, resume):
+            rows = batch.stop
+            if writer.wants(batch.start, batch.stop):
+                first_of_shard = batch.start // layout.shard_rows != (batch.stop - 1) // layout.shard_rows
+                check = first_of_shard or batch.start % layout.shard_rows == 0
+                writer.append(batch_rows(batch, forward(batch, check=check), request.tokenizer.mask_id))
+            bar.update(batch.stop - bar.n)
+    place.replace(done_name(request.rank, request.world_size), str(rows).encode())
+    return rows
 
 
-def plan_sequences(config: CaptureConfig, tokenizer: Tokenizer) -> dict[str, NDArray[Any]]:
-    """Every column of `schema.SEQUENCE_COLUMNS`; reads the text once.
-
-    Raises:
-        DataError: If the text is too short for one sequence.
-    """
-    places = [(block.source, block.offset) for block in read_blocks(config, tokenizer)]
-    if not places:
-        tokens = sum(1 for _ in token_blocks(read_documents(config.files), tokenizer, 1, wrap=False))
-        needed = (config.length or 0) - (2 if config.wrap else 0)
-        raise DataError(
-            f"the text has {tokens} tokens and one sequence of length {config.length} needs {needed}; "
-            f"lower --length or give more text"
-        )
-    if config.times == "fixed":
-        t = torch.full((len(places),), config.time, dtype=torch.float64)
-    else:
-        t = sequence_times(config.seed, range(len(places)))
-    source, offset = np.array(places, np.int64).T
-    return {
-        "t": t.numpy(),
-        "sigma": SCHEDULE.sigma(t).numpy(),
-        "seed": np.full(len(places), config.seed, np.uint64),
-        "source": source,
-        "offset": offset,
-    }
+@contextmanager
+def _writing(place: Place, request: Request, manifest: manifests.Manifest) -> Iterator[StoreWriter]:
+    """A writer that commits everything at the end, or stops at once on an error."""
+    writer = StoreWriter(
+        place, request.layout, manifest, rank=request.rank, world_size=request.world_size
+    )
+    try:
+        yield writer
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
 
 
-def batches(
-    config: CaptureConfig, tokenizer: Tokenizer, sequences: dict[str, NDArray[Any]]
-) -> Iterator[Batch]:
-    """The planned sequences, noised, `batch_size` at a time."""
-    blocks = read_blocks(config, tokenizer)
-    total = len(sequences["t"])
-    for first in range(0, total, config.batch_size):
-        indices = range(first, min(first + config.batch_size, total))
-        taken = list(islice(blocks, len(indices)))
-        places = [(block.source, block.offset) for block in taken]
-        planned = zip(sequences["source"][indices], sequences["offset"][indices], strict=True)
-        if places != [(int(source), int(offset)) for source, offset in planned]:
-            raise DataError(
-                f"the text changed while it was read, at sequence {first}; keep the files as they are"
-            )
-        yield noised(taken, indices, sequences, config.seed, tokenizer.mask_id)
+def batch_rows(batch: Batch, acts: dict[str, torch.Tensor], mask_id: int) -> Rows:
+    """What the writer takes."""
+    return Rows(
+        start=batch.start,
+        acts=acts,
+        columns=batch.row_columns(mask_id),
+        t=batch.times(),
+        first_sequence=batch.sequences[0].number,
+        sequences=batch.sequence_columns(),
+        resume=batch.resume,
+    )
 
 
-def noised(
-    blocks: Sequence[TokenBlock], indices: range, sequences: dict[str, NDArray[Any]], seed: int, mask_id: int
-) -> Batch:
-    """Numbered sequences at their times, and the columns of their rows."""
-    x0 = torch.from_numpy(np.stack([block.ids for block in blocks]))
-    t, sigma = (torch.from_numpy(sequences[name][indices.start : indices.stop]) for name in ("t", "sigma"))
-    xt = corrupt(x0, SCHEDULE.move_chance(t), mask_id, seed=seed, indices=indices)
-    length = x0.shape[1]
-    columns = {
-        "seq": torch.tensor(indices).repeat_interleave(length),
-        "pos": torch.arange(length).repeat(len(indices)),
-        "x0": x0.flatten(),
-        "xt": xt.flatten(),
-        "is_masked": (xt == mask_id).flatten(),
-        "doc": torch.from_numpy(np.concatenate([block.documents for block in blocks])),
-    }
-    return Batch(xt=xt, sigma=sigma, columns=columns)
-
-
-def refuse_full_disk(out: Path, layout: schema.Layout) -> None:
-    """Raise StoreError if the disk has no room for the store."""
-    place = out.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if layout.total_bytes > free:
-        fits = int(free * 0.9) // (layout.row_bytes * layout.length)
-        remedy = f"lower --max-sequences to {fits}, " if fits else ""
-        raise StoreError(
-            f"{out} needs {layout.total_bytes / 1e9:.1f} GB for {layout.rows} rows and {place} has "
-            f"{free / 1e9:.1f} GB free; {remedy}record fewer hooks or choose another --out"
-        )
+def _bar(request: Request, manifest: manifests.Manifest, progress: bool) -> tqdm[None]:
+    quiet = not progress or request.rank != 0 or not sys.stderr.isatty()
+    return tqdm(total=manifest.planned_rows, unit="row", unit_scale=True, disable=quiet)

@@ -1,18 +1,22 @@
 """What an activation store consists of: the one place that knows array names, axes, chunks and the format.
 
-    zarr.json                 group; attributes: format, schema_version, hooks, config, provenance
+    zarr.json                 group; attributes: format, schema_version, hooks, dtype, config, provenance
     manifest.json             what is committed; see manifest.py
-    acts/<hook name>          [row, ...] float32; row = sequence * length + position
+    acts/<hook name>          [row, ...] float32, float16, or bfloat16 kept as uint16
     rows/<column>             [row]
-    seqs/<column>             [sequence]; the whole plan, written before the first row
+    seqs/<column>             [sequence] or [sequence, pos]; written when the store is complete
     stats/<hook name>/<what>  [is_masked, t_bin, ...] float64; written when the store is complete
+    pending/                  only until then: what seqs and stats are made of, a file a shard
 
 Every array is a plain Zarr v3 array with crc32c in each chunk, so that any Zarr reader opens it and a
 damaged chunk is an error. `acts` have chunks of 256 rows inside shards: a shard file is the row-major
 matrix, four checksum bytes after each chunk, and an index. What was never written reads as NaN or -1.
+
+Rows are in order of their sequence, then of their position. While a capture runs, the shape of the arrays
+is a guess that grows; the manifest alone says which rows there are.
 """
 
-# Axes: row, sequence, d (hidden_dim), head, d_head, mlp, vocab, is_masked (no, yes), t_bin
+# Axes: row, sequence, pos, d (hidden_dim), head, d_head, mlp, vocab, is_masked (no, yes), t_bin
 
 from __future__ import annotations
 
@@ -20,26 +24,41 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
+from capture.shards import ShardShape
+
 from mdlm_interp.config import MDLMConfig
 
 FORMAT = "mdlm-interp activations"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 CHUNK_ROWS = 256
 """Rows of activations that are read and checksummed together."""
 SHARD_ROWS = 16384
-"""Rows of a shard file, and rows between two commits; a multiple of CHUNK_ROWS."""
-SEQUENCE_CHUNK = 65536
+"""Rows of a shard file, and rows between two commits, unless the capture asks for another number."""
+SEQUENCE_CHUNK = 1024
 """Sequences in one file of a `seqs` array."""
 T_BINS = 10
 """Equal parts of [0, 1] that statistics tell apart."""
+
+StoredType: TypeAlias = Literal["float32", "float16", "bfloat16"]
+
+ARRAY_TYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    # Zarr has no bfloat16; any reader can take these as the upper halves of float32.
+    "bfloat16": np.dtype(np.uint16),
+}
+"""What acts of each stored type are in Zarr."""
+BFLOAT16_FILL = 0x7FC0
+"""NaN in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,8 @@ class Column:
     fill: float | int | bool
     """What was never written reads as."""
     description: str
+    per_position: bool = False
+    """Of a sequence's columns: whether there is a value for each position; shorter sequences end in fill."""
 
 
 ROW_COLUMNS = {
@@ -61,11 +82,17 @@ ROW_COLUMNS = {
     "doc": Column("int64", -1, "running number of the document over all files; -1 for an added end-of-text"),
 }
 SEQUENCE_COLUMNS = {
+    "row": Column("int64", -1, "first row of the sequence; its rows end where the next one's begin"),
+    "length": Column("int64", -1, "tokens of the sequence"),
     "t": Column("float64", float("nan"), "diffusion time, 0 clean to 1 all masked"),
     "sigma": Column("float64", float("nan"), "total noise at t, which a time-conditioned model reads"),
-    "seed": Column("uint64", 0, "key of the masks, with the sequence's number"),
+    "seed": Column("uint64", 0, "key of times, masks and subsets, with the block's number"),
+    "block": Column("int64", -1, "number of the block of text"),
     "source": Column("int64", -1, "number of the file that the first document is from"),
     "offset": Column("int64", -1, "number of that document in its file"),
+    "x0": Column("int32", -1, "token ids of the clean text", per_position=True),
+    "xt": Column("int32", -1, "token ids that the model read", per_position=True),
+    "doc": Column("int64", -1, "running number of each token's document", per_position=True),
 }
 
 STATISTICS = ("count", "mean", "mean_square")
@@ -109,63 +136,69 @@ class Layout:
 
     shapes: Mapping[str, tuple[int, ...]]
     """By hook name, in execution order: the shape of one row."""
-    n_sequences: int
     length: int
-    """Tokens per sequence."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of the complete store."""
-        return self.n_sequences * self.length
-
-    @property
-    def shard_rows(self) -> int:
-        """Rows of each shard but the last: SHARD_ROWS, or one shard when the run is small."""
-        return min(SHARD_ROWS, -(-self.rows // CHUNK_ROWS) * CHUNK_ROWS)
+    """Tokens of the longest sequence."""
+    dtype: StoredType = "float32"
+    """Type of the activations."""
+    shard_rows: int = SHARD_ROWS
+    """Rows of a shard, a multiple of CHUNK_ROWS."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row over all arrays."""
+        """Bytes of one row over all arrays of acts and rows, but for checksums (under 1 %)."""
         columns = sum(np.dtype(column.dtype).itemsize for column in ROW_COLUMNS.values())
-        return columns + sum(4 * int(np.prod(shape)) for shape in self.shapes.values())
+        return columns + sum(ARRAY_TYPES[self.dtype].itemsize * prod(shape) for shape in self.shapes.values())
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes of the complete store, but for checksums and metadata (under 1 %)."""
-        # A shard is written whole chunks at a time.
-        rows = -(-self.rows // CHUNK_ROWS) * CHUNK_ROWS
-        return rows * self.row_bytes + 40 * self.n_sequences
+    def sequence_bytes(self) -> int:
+        """Bytes of one sequence over all arrays of seqs."""
+        return sum(
+            np.dtype(column.dtype).itemsize * (self.length if column.per_position else 1)
+            for column in SEQUENCE_COLUMNS.values()
+        )
+
+    def shard_shape(self, hook: str) -> ShardShape:
+        """What the shard files of a hook have in common."""
+        return ShardShape(
+            dtype=ARRAY_TYPES[self.dtype],
+            row=tuple(self.shapes[hook]),
+            chunk_rows=CHUNK_ROWS,
+            n_chunks=self.shard_rows // CHUNK_ROWS,
+            fill=acts_fill(self.dtype),
+        )
 
 
-def create_arrays(group: zarr.Group, layout: Layout) -> dict[str, zarr.Array[Any]]:
-    """Every array of `acts`, `rows` and `seqs`, full size and empty, by its path in the store.
+def acts_fill(dtype: StoredType) -> float | int:
+    """What an activation that was never written reads as: NaN."""
+    return BFLOAT16_FILL if dtype == "bfloat16" else float("nan")
 
-    Write through these objects: that empty chunks are written is no metadata, an array opened again has
-    zarr's default.
-    """
-    for parent in ("acts", "rows", "seqs"):
-        group.create_group(parent)
-    arrays = {
-        f"acts/{hook}": _create(
+
+def create_row_arrays(group: zarr.Group, layout: Layout, rows: int) -> None:
+    """The metadata of every array of `acts` and `rows`, for this many rows and none written."""
+    for parent in ("acts", "rows"):
+        group.require_group(parent)
+    for hook, shape in layout.shapes.items():
+        lossy = {} if layout.dtype == "float32" else {"logical_dtype": layout.dtype, "lossy": True}
+        _create(
             group,
             f"acts/{hook}",
-            shape=(layout.rows, *shape),
-            dtype="float32",
+            shape=(rows, *shape),
+            dtype=ARRAY_TYPES[layout.dtype].name,
             chunks=(CHUNK_ROWS, *shape),
             shards=(layout.shard_rows, *shape),
-            fill_value=float("nan"),
+            fill_value=acts_fill(layout.dtype),
             dimension_names=("row", *(row_axes(hook) or ())),
+            attributes=lossy,
         )
-        for hook, shape in layout.shapes.items()
-    }
     for name, column in ROW_COLUMNS.items():
-        path = f"rows/{name}"
-        arrays[path] = _create_column(group, path, column, layout.rows, layout.shard_rows, "row")
-    chunk = min(layout.n_sequences, SEQUENCE_CHUNK)
-    for name, column in SEQUENCE_COLUMNS.items():
-        path = f"seqs/{name}"
-        arrays[path] = _create_column(group, path, column, layout.n_sequences, chunk, "sequence")
-    return arrays
+        _create_column(group, f"rows/{name}", column, (rows,), layout.shard_rows)
+
+
+def create_sequence_array(group: zarr.Group, name: str, n_sequences: int, length: int) -> zarr.Array[Any]:
+    """One array of `seqs`, empty; write through this object (see `_create`)."""
+    column = SEQUENCE_COLUMNS[name]
+    shape = (n_sequences, length) if column.per_position else (n_sequences,)
+    return _create_column(group, f"seqs/{name}", column, shape, SEQUENCE_CHUNK)
 
 
 def create_statistics(group: zarr.Group, hook: str, values: Mapping[str, NDArray[np.float64]]) -> None:
@@ -179,36 +212,39 @@ def create_statistics(group: zarr.Group, hook: str, values: Mapping[str, NDArray
 
 
 def _create_column(
-    parent: zarr.Group, name: str, column: Column, size: int, chunk: int, axis: str
+    group: zarr.Group, path: str, column: Column, shape: tuple[int, ...], chunk: int
 ) -> zarr.Array[Any]:
     return _create(
-        parent,
-        name,
-        shape=(size,),
+        group,
+        path,
+        shape=shape,
         dtype=column.dtype,
-        chunks=(chunk,),
+        chunks=(chunk, *shape[1:]),
         fill_value=column.fill,
-        dimension_names=(axis,),
+        dimension_names=("row" if path.startswith("rows/") else "sequence", "pos")[: len(shape)],
         attributes={"description": column.description},
     )
 
 
 def _create(parent: zarr.Group, name: str, **options: Any) -> zarr.Array[Any]:
+    # That empty chunks are written is no metadata: an array opened again has zarr's default.
     return parent.create_array(
         name=name,
         serializer=BytesCodec(endian="little"),
         filters=None,
         # Without a checksum in every chunk a flipped bit would read as a number.
         compressors=[Crc32cCodec()],
+        # One file a shard, with no directory of its own to be made and synced at each commit.
+        chunk_key_encoding={"name": "default", "separator": "."},
         # Otherwise a chunk of zeros, or of fill, would have no file: the same as one that was lost.
         config={"write_empty_chunks": True},
         **options,
     )
 
 
-def file_of(array: str, ndim: int, shard: int) -> str:
-    """Path in the store of an array's numbered shard (or unsharded chunk) of rows."""
-    return "/".join([array, "c", str(shard), *["0"] * (ndim - 1)])
+def file_of(array: str, ndim: int, number: int) -> str:
+    """Path in the store of an array's numbered shard, or unsharded chunk, along the first axis."""
+    return f"{array}/c." + ".".join([str(number), *["0"] * (ndim - 1)])
 
 
 class ContentHash:

@@ -1,11 +1,11 @@
-"""Running mean and mean square of activations, by masked or not and by part of [0, 1] in t.
+"""Mean and mean square of activations, by masked or not and by part of [0, 1] in t.
 
-1. A block of rows (a shard) is split into groups by (is_masked, t_bin).
-2. Sums over each group's rows are taken one row after another in float64.
-3. The block's means are merged into the running ones (Chan et al.), blocks in row order.
+1. The rows of a shard are taken a sequence at a time: its masked rows are added up one after another, and
+   its unmasked ones, in float64.
+2. These sums are added, sequence after sequence, to those of the shard; the shards' sums, shard after shard,
+   to those of the store.
 
-The running values are what the store holds, and blocks are fixed by the store's layout: the same rows give
-the same bits whatever the batch size, and whether computed while capturing or from the store.
+So the same rows give the same bits whatever the batch size, the rank or an interruption.
 """
 
 # Axes: row, is_masked (no, yes), t_bin, then the axes of one row
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,9 @@ from torch import Tensor
 
 from capture.schema import T_BINS
 from mdlm_interp.shapes import Float64
+
+PIECE_ROWS = 256
+"""Rows that are converted to float64 at a time: they stay in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,45 +56,74 @@ class HookStatistics:
 
 
 class RunningMoments:
-    """Moments of the blocks added so far.
-
-    Source:
-        Chan, Golub, LeVeque 1979, Updating formulae and a pairwise algorithm for computing sample variances.
-    """
+    """Sums over the rows added so far."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
-        self._count = np.zeros(2 * T_BINS)
-        self._mean = np.zeros((2 * T_BINS, int(np.prod(shape))))
-        self._mean_square = np.zeros(2 * T_BINS)
+        groups = 2 * T_BINS
+        self.count = np.zeros(groups)
+        """Rows of each group [is_masked * T_BINS + t_bin]."""
+        self.total = np.zeros((groups, prod(shape)))
+        """Sum of the rows of each group, flattened."""
+        self.square = np.zeros((groups, prod(shape)))
+        """Sum of their squares."""
 
-    def add(self, acts: NDArray[np.float32], is_masked: NDArray[np.bool_], t: NDArray[np.float64]) -> None:
-        """Merge one block.
+    def add(
+        self,
+        acts: NDArray[np.float32],
+        is_masked: NDArray[np.bool_],
+        t: NDArray[np.float64],
+        seq: NDArray[np.int64],
+    ) -> None:
+        """Add rows in order, whole sequences or what of them is in the shard.
 
         Args:
             acts: Activations [row, ...].
             t: Diffusion time of each row.
+            seq: Sequence of each row.
         """
-        t_bin = np.minimum((t * T_BINS).astype(np.int64), T_BINS - 1)
-        group = is_masked * T_BINS + t_bin
-        for number in np.unique(group):
-            values = acts[group == number].astype(np.float64).reshape(-1, self._mean.shape[1])
-            count = len(values)
-            # Along the first axis numpy adds row after row: no blocking that depends on the machine.
-            mean = values.sum(axis=0) / count
-            mean_square = (values * values).sum(axis=0).mean() / count
-            self._count[number] += count
-            share = count / self._count[number]
-            self._mean[number] += (mean - self._mean[number]) * share
-            self._mean_square[number] += (mean_square - self._mean_square[number]) * share
+        ends = np.flatnonzero(np.diff(seq)) + 1
+        for start, stop in pairwise([0, *ends.tolist(), len(t)]):
+            if stop > start:
+                self._add_sequence(acts[start:stop], is_masked[start:stop], float(t[start]))
+
+    def merge(self, later: RunningMoments) -> None:
+        """Add the sums of rows that come after these."""
+        self.count += later.count
+        self.total += later.total
+        self.square += later.square
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value added was finite."""
+        # A float64 cannot overflow by adding squares of float32 values that are finite.
+        return bool(np.isfinite(self.square).all())
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What a store keeps, by name."""
-        empty = self._count == 0
-        mean, mean_square = self._mean.copy(), self._mean_square.copy()
-        mean[empty], mean_square[empty] = np.nan, np.nan
+        shape = (2, T_BINS)
+        with np.errstate(invalid="ignore"):
+            mean = self.total / self.count[:, None]
+            mean_square = self.square.mean(axis=1) / self.count
         return {
-            "count": self._count.reshape(2, T_BINS).copy(),
-            "mean": mean.reshape(2, T_BINS, *self._shape),
-            "mean_square": mean_square.reshape(2, T_BINS),
+            "count": self.count.reshape(shape).copy(),
+            "mean": mean.reshape(*shape, *self._shape),
+            "mean_square": mean_square.reshape(shape),
         }
+
+    def _add_sequence(self, acts: NDArray[np.float32], is_masked: NDArray[np.bool_], t: float) -> None:
+        t_bin = min(int(t * T_BINS), T_BINS - 1)
+        member = np.stack([~is_masked, is_masked]).astype(np.float64)
+        for start in range(0, len(acts), PIECE_ROWS):
+            piece = acts[start : start + PIECE_ROWS].reshape(-1, self.total.shape[1]).astype(np.float64)
+            weight = member[:, start : start + PIECE_ROWS]
+            # einsum adds row after row in each column, so no blocking that depends on the machine enters,
+            # and weights of 0 and 1 leave every term exact, whether multiply and add are fused or not.
+            sums = np.einsum("gr,rd->gd", weight, piece)
+            np.multiply(piece, piece, out=piece)
+            squares = np.einsum("gr,rd->gd", weight, piece)
+            for masked in (0, 1):
+                group = masked * T_BINS + t_bin
+                self.count[group] += weight[masked].sum()
+                self.total[group] += sums[masked]
+                self.square[group] += squares[masked]

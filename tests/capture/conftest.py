@@ -69,7 +69,7 @@ def config(model_directory: Path, texts: tuple[Path, ...], tmp_path: Path) -> Ca
     return CaptureConfig(
         model=str(model_directory),
         files=texts,
-        out=tmp_path / "run.zarr",
+        out=str(tmp_path / "run.zarr"),
         length=LENGTH,
         max_sequences=21,
         seed=5,
@@ -91,6 +91,6 @@ def capture(config: CaptureConfig, tmp_path: Path) -> Callable[..., ActivationSt
     def run(**changes: object) -> ActivationStore:
         nonlocal runs
         runs += 1
-        return run_capture(replace(config, out=tmp_path / f"run{runs}.zarr", **changes))  # type: ignore[arg-type]
+        return run_capture(replace(config, out=str(tmp_path / f"run{runs}.zarr"), **changes))  # type: ignore[arg-type]
 
     return run

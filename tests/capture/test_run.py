@@ -1,6 +1,5 @@
 """What a capture records is the model's own activations on text that seed and number alone decide."""
 
-from collections import namedtuple
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,13 +10,12 @@ import torch
 import zarr
 from torch import Tensor
 
-from capture import CaptureConfig, open_store, run_capture
-from capture.run import last_block_needed
+from capture import CaptureConfig, run_capture
+from capture.forward import last_block_needed
 from mdlm_interp import HookedMDLM, load_tokenizer
 from mdlm_interp.checkpoints import sha256_of
 from mdlm_interp.diffusion import LogLinearSchedule, corrupt, sequence_times
 from mdlm_interp.documents import TokenBlock, read_documents, token_blocks
-from mdlm_interp.errors import ConfigError, DataError, HookError, OutputExistsError, StoreError
 from mdlm_interp.model import all_hook_names
 
 PER_HEAD = ("blocks.1.attn.hook_q", "blocks.*.attn.hook_z", "blocks.0.ln1.hook_scale", "hook_logits")
@@ -119,7 +117,7 @@ def test_the_fingerprint_does_not_depend_on_shards(capture, monkeypatch):
 
 @pytest.mark.parametrize(("time", "low", "high"), [(0.0, 0.0, 0.0), (0.5, 0.4, 0.6), (1.0, 0.98, 1.0)])
 def test_fixed_time_masks_that_share(config, time, low, high):
-    store = run_capture(replace(config, times="fixed", time=time))
+    store = run_capture(replace(config, times="fixed", time=(time,)))
     assert torch.equal(store.times(), torch.full((21,), time, dtype=torch.float64))
     assert low <= float(store.coords(slice(None))["is_masked"].double().mean()) <= high
 
@@ -127,7 +125,7 @@ def test_fixed_time_masks_that_share(config, time, low, high):
 def test_unwrapped_blocks_hold_text_only(config):
     tokenizer = load_tokenizer(config.model)
     wrapped, plain = (
-        run_capture(replace(config, wrap=wrap, out=config.out / str(wrap))) for wrap in (True, False)
+        run_capture(replace(config, wrap=wrap, out=f"{config.out}-{wrap}")) for wrap in (True, False)
     )
     assert (wrapped.tokens()[0][:, [0, -1]] == tokenizer.eos_id).all()
     assert not (plain.tokens()[0][:, [0, -1]] == tokenizer.eos_id).all()
@@ -173,104 +171,6 @@ def test_provenance_names_every_input_by_hash(config, model_directory):
     assert {"mdlm_interp", "numpy", "zarr"} <= set(record["versions"])
 
 
-@pytest.mark.parametrize("kind", ["directory", "file"])
-def test_an_existing_output_is_refused_and_untouched(config, kind):
-    if kind == "directory":
-        config.out.mkdir()
-        kept, message = config.out / "notes.txt", "is not empty; choose another --out, or remove it first"
-    else:
-        kept, message = config.out, "is a file; choose another --out, or remove it first"
-    kept.write_text("mine")
-    with pytest.raises(OutputExistsError, match=message):
-        run_capture(config)
-    assert kept.read_text() == "mine"
-    assert sorted(config.out.parent.rglob("*")) == sorted({config.out, kept})
-
-
-def test_an_empty_directory_is_no_obstacle(config):
-    config.out.mkdir()
-    assert run_capture(config).complete
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        (
-            {"length": 33},
-            ConfigError,
-            "length 33 is more than the model's context of 32 tokens; lower --length",
-        ),
-        ({"hooks": ("blocks.*.hook_mlp_ot",)}, HookError, "no hook point matches 'blocks.*.hook_mlp_ot'"),
-        (
-            {"hooks": ("blocks.*",)},
-            HookError,
-            "blocks.0.adaln.hook_shift_attn (and 15 more) has no position axis, and a store keeps one row",
-        ),
-        ({"hooks": ("hook_cond",)}, HookError, "hook_cond has no position axis"),
-        (
-            {"hooks": ("blocks.1.attn.hook_pattern",)},
-            HookError,
-            "blocks.1.attn.hook_pattern has two position axes",
-        ),
-    ],
-)
-def test_a_request_that_does_not_fit_the_model_is_refused_before_writing(config, changes, error, message):
-    with pytest.raises(error) as caught:
-        run_capture(replace(config, **changes))
-    assert message in str(caught.value)
-    assert not config.out.exists()
-
-
-def test_text_shorter_than_one_block_is_refused_with_its_token_count(config, tmp_path):
-    short = tmp_path / "short.txt"
-    short.write_text("the old fox")
-    tokens = len(load_tokenizer(config.model).encode("the old fox")) + 1
-    with pytest.raises(DataError) as caught:
-        run_capture(replace(config, files=(short,)))
-    assert str(caught.value) == (
-        f"the text has {tokens} tokens and one sequence of length 24 needs 22; "
-        f"lower --length or give more text"
-    )
-    assert not config.out.exists()
-
-
-def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(config, tmp_path):
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models
-
-    vocabulary = {"<|endoftext|>": 0, "a": 1}
-    Backend(models.BPE(vocab=vocabulary, merges=[])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"has 3 ids and the model .* has 301; name the tokenizer"):
-        run_capture(replace(config, tokenizer=str(tmp_path)))
-
-
-def test_a_store_that_the_disk_cannot_hold_is_refused_before_writing(config, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
-    with pytest.raises(StoreError) as caught:
-        run_capture(config)
-    # A row has four hooks of 32 floats, five int64 and a bool: 553 bytes; 0.9 * 100 kB holds 6 x 24 of them.
-    assert "needs 0.0 GB for 504 rows" in str(caught.value)
-    assert "lower --max-sequences to 6, record fewer hooks or choose another --out" in str(caught.value)
-    assert not config.out.exists()
-
-
-def test_a_file_that_changes_while_it_is_read_is_noticed(config, monkeypatch):
-    import capture.run as module
-
-    reads = 0
-
-    def rereading(*arguments):
-        nonlocal reads
-        reads += 1
-        return islice(original(*arguments), 0 if reads == 1 else 1, None)
-
-    original = module.read_blocks
-    monkeypatch.setattr(module, "read_blocks", rereading)
-    with pytest.raises(DataError, match="the text changed while it was read, at sequence 0"):
-        run_capture(config)
-
-
 @pytest.mark.parametrize(
     ("hooks", "stop"),
     [
@@ -298,41 +198,6 @@ def test_every_hook_point_has_the_row_shape_that_the_schema_says_or_is_refused(m
             assert tuple(value.shape) == (3, 5, *row_shape(name, model.config)), name
 
 
-def test_an_interrupted_run_leaves_a_readable_committed_prefix(config, small_shards, monkeypatch):
-    whole = run_capture(replace(config, out=config.out.with_name("whole.zarr"), batch_size=4))
-    forward, calls = HookedMDLM.forward, 0
-
-    def failing(self: HookedMDLM, *args: object, **kwargs: object) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(HookedMDLM, "forward", failing)
-    with pytest.raises(KeyboardInterrupt):
-        run_capture(replace(config, batch_size=4))
-    store = open_store(config.out)
-    # 12 sequences of 24 were run: 288 rows; 4 shards of 64 are durable, and 10 sequences lie wholly in them.
-    assert not store.complete
-    assert [shard.rows for shard in store.manifest.shards] == [(0, 64), (64, 128), (128, 192), (192, 256)]
-    assert [(s.first_sequence, s.n_sequences) for s in store.manifest.shards] == [
-        (0, 2),
-        (2, 3),
-        (5, 3),
-        (8, 2),
-    ]
-    assert (len(store), store.n_sequences) == (240, 10)
-    for name, values in store.read(slice(None)).items():
-        assert torch.equal(values, whole.read(slice(0, 240))[name])
-    for name, values in store.coords(slice(None)).items():
-        assert torch.equal(values, whole.coords(slice(0, 240))[name])
-    assert store.tokens()[0].shape == (10, 24)
-    with pytest.raises(StoreError, match=r"got 240; the store is incomplete, 240 of 504 rows are committed"):
-        store.read([240])
-
-
 def test_an_output_below_missing_directories_is_made(config, tmp_path):
     out = tmp_path / "a" / "b" / "run.zarr"
-    assert run_capture(replace(config, out=out)).path == out
-    assert isinstance(out, Path)
+    assert run_capture(replace(config, out=str(out))).path == out

@@ -1,0 +1,108 @@
+"""Makes a store, or finds the one that the same request began; anything else is refused and left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import zarr
+
+from capture import manifest as manifests
+from capture import schema
+from capture.finish import joined_manifest
+from capture.manifest import MANIFEST, Manifest
+from capture.places import Place
+from mdlm_interp.errors import OutputExistsError, StoreError
+
+SAME_STACK = ("device", "threads", "cpu", "versions.torch", "versions.numpy")
+"""Of the provenance: what changes the rounding of native activations."""
+SAME_ALWAYS = ("weights_sha256", "tokenizer_sha256", "sources", "schedule")
+
+
+def begin(
+    place: Place,
+    layout: schema.Layout,
+    attributes: Mapping[str, Any],
+    planned_rows: int,
+    rank: int,
+    world_size: int,
+) -> Manifest:
+    """What this rank has committed of the store, which is made if there is none.
+
+    Raises:
+        OutputExistsError: If something else is there, or a store that another request began.
+    """
+    if not place.exists():
+        with place.create(f"rank-{rank}") as made:
+            _make(made, layout, attributes, planned_rows, world_size)
+    names = place.names()
+    if "zarr.json" not in names or not any(name.startswith("manifest.") for name in names):
+        raise OutputExistsError(
+            f"{place.name} exists and is no activation store; choose another --out, or remove it first"
+        )
+    header = dict(zarr.open_group(place.zarr_store(), mode="r").attrs)
+    if header.get("format") != schema.FORMAT:
+        raise OutputExistsError(
+            f"{place.name} exists and is another program's; choose another --out, or remove it first"
+        )
+    manifests.check_version(header.get("schema_version"), f"{place.name}/zarr.json")
+    refuse_another(place.name, header, attributes, complete=joined_manifest(place).complete)
+    own = place.read(manifests.rank_manifest(rank, world_size))
+    if own is None and (whole := place.read(MANIFEST)) is not None:
+        manifest = manifests.from_bytes(whole, f"{place.name}/{MANIFEST}")
+        if manifest.complete:
+            return manifest
+    if own is None:
+        begun = manifests.world_size_of(names) or 1
+        raise StoreError(
+            f"{place.name} was begun by {begun} process{'es' if begun > 1 else ''} and is not complete; go on with "
+            f"--world-size {begun}, got {world_size}"
+        )
+    return manifests.from_bytes(own, f"{place.name}/{manifests.rank_manifest(rank, world_size)}")
+
+
+def _make(
+    place: Place, layout: schema.Layout, attributes: Mapping[str, Any], planned_rows: int, world_size: int
+) -> None:
+    header = {
+        "format": schema.FORMAT,
+        "schema_version": schema.SCHEMA_VERSION,
+        "hooks": list(layout.shapes),
+        "dtype": layout.dtype,
+    }
+    group = zarr.create_group(place.zarr_store(), attributes={**header, **attributes})
+    schema.create_row_arrays(group, layout, planned_rows)
+    empty = Manifest(length=layout.length, shard_rows=layout.shard_rows, planned_rows=planned_rows)
+    for rank in range(world_size):
+        place.replace(manifests.rank_manifest(rank, world_size), manifests.to_bytes(empty))
+
+
+def refuse_another(
+    name: str, header: Mapping[str, Any], attributes: Mapping[str, Any], *, complete: bool
+) -> None:
+    """Raise OutputExistsError unless a store's attributes are those of this request."""
+    stored, asked = header.get("config"), attributes["config"]
+    if not isinstance(stored, Mapping) or not isinstance(header.get("provenance"), Mapping):
+        raise StoreError(f"{name}/zarr.json lacks config or provenance; restore it from a copy")
+    for key in [*asked, *(key for key in stored if key not in asked)]:
+        if stored.get(key) != asked.get(key):
+            raise _another(name, key, stored.get(key), asked.get(key), "choose another --out")
+    before, now = header["provenance"], attributes["provenance"]
+    for key in SAME_ALWAYS:
+        if before.get(key) != now.get(key):
+            raise _another(name, key, before.get(key), now.get(key), "choose another --out")
+    if asked["arithmetic"] == "native" and not complete:
+        for key in SAME_STACK:
+            if item(before, key) != item(now, key):
+                remedy = "go on with that one, or the rows would differ in rounding"
+                raise _another(name, key, item(before, key), item(now, key), remedy)
+
+
+def item(record: Mapping[str, Any], key: str) -> Any:
+    """A value of a nested record by its dotted name."""
+    top, _, rest = key.partition(".")
+    return item(record[top], rest) if rest else record.get(top)
+
+
+def _another(name: str, key: str, before: Any, now: Any, remedy: str) -> OutputExistsError:
+    return OutputExistsError(f"{name} was begun with {key} {before!r}, got {now!r}; {remedy}")

@@ -1,0 +1,150 @@
+"""Ends a capture: what all ranks wrote becomes one store, the one that a single process would have written.
+
+1. Every rank that has committed its last shard calls `finish`; the last of them goes on.
+2. The arrays get their exact shape; `seqs` and `stats` are made from the pending files, in order of shards.
+3. The manifest of the complete store, with the hash of every file beside the shards, is committed.
+4. What only an incomplete store needs is removed.
+
+Each step can be done again from the start, so a kill between them loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from safetensors.numpy import load
+
+from capture import manifest as manifests
+from capture import schema
+from capture.manifest import MANIFEST, Manifest
+from capture.metadata import set_rows
+from capture.places import LOCK, Place
+from capture.statistics import RunningMoments
+from capture.writer import PENDING
+from mdlm_interp.errors import StoreError
+
+DONE = "done"
+"""A rank's file that says how many rows the whole text gave; the rank has committed all its shards."""
+
+
+def done_name(rank: int, world_size: int) -> str:
+    """Name of the file by which a rank says that it has committed its last shard."""
+    return f"{DONE}.rank-{rank}-of-{world_size}"
+
+
+def finish(place: Place, layout: schema.Layout, *, world_size: int, rows: int) -> bool:
+    """Complete the store if every rank is done; whether it is complete now."""
+    names = place.names()
+    if MANIFEST in names and joined_manifest(place).complete:
+        _clean(place)
+        return True
+    if any(done_name(rank, world_size) not in names for rank in range(world_size)):
+        return False
+    whole = joined_manifest(place)
+    if whole.committed_rows != rows:
+        raise StoreError(f"{place.name}: {rows} rows were made and {whole.committed_rows} are committed; run again")
+    place.sweep()
+    group = zarr.open_group(place.zarr_store(), mode="r+")
+    set_rows(place, layout, rows)
+    for parent in ("seqs", "stats"):
+        place.remove(parent)
+        group.require_group(parent)
+    _write_sequences(place, group, whole, layout.length)
+    _write_statistics(place, group, whole, layout)
+    place.sync()
+    whole = replace(whole, complete=True, planned_rows=rows, files=file_hashes(place))
+    place.replace(MANIFEST, manifests.to_bytes(whole))
+    _clean(place)
+    return True
+
+
+def joined_manifest(place: Place) -> Manifest:
+    """What is committed by all ranks.
+
+    Raises:
+        StoreError: If there is no manifest, or one is damaged.
+    """
+    names = place.names()
+    world_size = manifests.world_size_of(names)
+    wanted = [MANIFEST]
+    if world_size is not None and MANIFEST not in names:
+        wanted = [manifests.rank_manifest(rank, world_size) for rank in range(world_size)]
+    found = [(name, place.read(name)) for name in wanted]
+    parsed = [manifests.from_bytes(data, f"{place.name}/{name}") for name, data in found if data is not None]
+    if not parsed:
+        raise StoreError(f"{place.name} has no {MANIFEST}: it is no activation store")
+    return manifests.joined(parsed)
+
+
+def file_hashes(place: Place) -> dict[str, str]:
+    """SHA-256 of every file of a complete store but shards and manifests, by path."""
+    kept = [path for path in place.files() if not _temporary(path) and not _is_shard(path)]
+    return {path: hashlib.sha256(place.read(path) or b"").hexdigest() for path in kept}
+
+
+def _is_shard(path: str) -> bool:
+    top, _, name = path.partition("/")
+    return top in ("acts", "rows") and name.rpartition("/")[2].startswith("c.")
+
+
+def _temporary(path: str) -> bool:
+    top = path.partition("/")[0]
+    return top == PENDING or top.startswith(("manifest.", DONE + ".")) or path.endswith(LOCK)
+
+
+def _pending(place: Place, manifest: Manifest) -> Iterator[Mapping[str, NDArray[Any]]]:
+    for shard in manifest.shards:
+        number = shard.rows[0] // manifest.shard_rows
+        content = place.read(f"{PENDING}/{number}.safetensors")
+        if content is None or google_crc32c.value(content) != shard.pending:
+            what = "missing" if content is None else "damaged (its checksum does not match the manifest's)"
+            raise StoreError(f"{place.name}/{PENDING}/{number}.safetensors is {what}; restore it from a copy")
+        yield load(content)
+
+
+def _write_sequences(place: Place, group: zarr.Group, manifest: Manifest, length: int) -> None:
+    total = manifest.n_sequences
+    arrays = {name: schema.create_sequence_array(group, name, total, length) for name in schema.SEQUENCE_COLUMNS}
+    start = 0
+    waiting: dict[str, list[NDArray[Any]]] = {name: [] for name in arrays}
+    held = 0
+    for tensors in _pending(place, manifest):
+        if "seqs/row" in tensors:
+            held += len(tensors["seqs/row"])
+            for name, values in waiting.items():
+                values.append(tensors[f"seqs/{name}"])
+        # Whole chunks at a time: a part of one would be read again to be completed.
+        ready = held - (start + held) % schema.SEQUENCE_CHUNK if start + held < total else held
+        if ready > 0:
+            for name, values in waiting.items():
+                joined = np.concatenate(values)
+                arrays[name][start : start + ready] = joined[:ready]
+                waiting[name] = [joined[ready:]]
+            start, held = start + ready, held - ready
+    if start != total:
+        raise StoreError(f"{place.name}: {total} sequences were planned and {start} are pending; run again")
+
+
+def _write_statistics(place: Place, group: zarr.Group, manifest: Manifest, layout: schema.Layout) -> None:
+    moments = {hook: RunningMoments(shape) for hook, shape in layout.shapes.items()}
+    for tensors in _pending(place, manifest):
+        for hook, running in moments.items():
+            later = RunningMoments(layout.shapes[hook])
+            for part in ("count", "total", "square"):
+                setattr(later, part, tensors[f"stats/{hook}/{part}"])
+            running.merge(later)
+    for hook, running in moments.items():
+        schema.create_statistics(group, hook, running.arrays())
+
+
+def _clean(place: Place) -> None:
+    for path in (PENDING, *place.names()):
+        if path != MANIFEST and _temporary(path):
+            place.remove(path)

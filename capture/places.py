@@ -1,0 +1,277 @@
+"""Where a store lives: what the writer needs of a directory, so that an object store can take its place.
+
+A `Place` makes content durable under its final name, all or nothing, and gives out locks. `Directory` is the
+local one; `remote.py` has the other.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from zarr.abc.store import Store
+from zarr.storage import LocalStore
+
+from capture.shards import Piece
+from mdlm_interp.atomic_files import PREFIX, replacing, sync, sync_tree, write_errors
+from mdlm_interp.errors import StoreError
+
+SYNC_THREADS = 8
+PARTIAL = ".partial"
+"""End of the name of a file that is not published yet; no reader takes it for a chunk."""
+LOCK = ".lock"
+
+
+@runtime_checkable
+class Draft(Protocol):
+    """A file in the making."""
+
+    path: str
+    """Its path in the store once it is published."""
+
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """Add to its end."""
+        ...
+
+
+@runtime_checkable
+class Place(Protocol):
+    """What holds one store. Paths are relative, with slashes."""
+
+    name: str
+    """What messages call the store."""
+
+    def exists(self) -> bool:
+        """Whether anything is there."""
+        ...
+
+    def create(self, tag: str) -> AbstractContextManager[Place]:
+        """A place to make the store's first files in; this one has all of them when the context ends.
+
+        If another process was faster, its files stay and these are dropped.
+
+        Args:
+            tag: Tells apart the processes that may do this at the same time.
+        """
+        ...
+
+    def zarr_store(self) -> Store:
+        """For zarr to write metadata and small arrays through."""
+        ...
+
+    def draft(self, path: str) -> Draft:
+        """Begin a file anew."""
+        ...
+
+    def publish(self, drafts: Sequence[Draft]) -> None:
+        """Make files durable under their names; returns when they are."""
+        ...
+
+    def replace(self, path: str, content: bytes) -> None:
+        """Write a small file whole, durably."""
+        ...
+
+    def read(self, path: str) -> bytes | None:
+        """A file's content, or None if there is no such file."""
+        ...
+
+    def names(self, directory: str = "") -> list[str]:
+        """Names of the files in a directory."""
+        ...
+
+    def files(self) -> list[str]:
+        """Paths of all files."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Remove a file or a directory with all that is in it, if it is there."""
+        ...
+
+    def sync(self) -> None:
+        """Make everything durable that was not written through this place."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written; nobody else may be writing."""
+        ...
+
+    def lock(self, name: str, *, wait: bool = False) -> AbstractContextManager[None]:
+        """Be the only one that holds this lock.
+
+        Raises:
+            StoreError: If another process holds it, unless told to wait.
+        """
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Room that is left; None if there is no telling."""
+        ...
+
+
+class Directory:
+    """A store in a local directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.name = str(root)
+        self._synced: set[Path] = set()
+        """Directories whose own entry in their parent is durable."""
+
+    def exists(self) -> bool:
+        """Whether something is at the path, an empty directory aside."""
+        return self.root.is_symlink() or (any(self.root.iterdir()) if self.root.is_dir() else self.root.exists())
+
+    @contextmanager
+    def create(self, tag: str) -> Iterator[Directory]:
+        """Make the store beside its path and rename it, so that it is never seen half made."""
+        root = self.root.resolve()
+        made = root.with_name(f"{PREFIX}{root.name}.{tag}")
+        with write_errors(self.root):
+            try:
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir(parents=True)
+                yield Directory(made)
+                sync_tree(made)
+                try:
+                    os.replace(made, root)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                sync(root.parent)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+
+    def zarr_store(self) -> Store:
+        """Zarr's own store over the directory."""
+        return LocalStore(self.root)
+
+    def draft(self, path: str) -> FileDraft:
+        """A file that is appended to under another name."""
+        draft = FileDraft(self.root, path)
+        with write_errors(self.root):
+            draft.partial.parent.mkdir(parents=True, exist_ok=True)
+            draft.partial.unlink(missing_ok=True)
+        return draft
+
+    def publish(self, drafts: Sequence[Draft]) -> None:
+        """fsync all, rename all, fsync the directories: in this order a name never leads to lost bytes."""
+        with write_errors(self.root):
+            finals = [self.root / draft.path for draft in drafts]
+            _parallel(sync, [final.with_name(final.name + PARTIAL) for final in finals])
+            for final in finals:
+                os.replace(final.with_name(final.name + PARTIAL), final)
+            parents = {final.parent for final in finals}
+            above = {parent for path in parents - self._synced for parent in path.parents}
+            _parallel(sync, parents | {path for path in above if path.is_relative_to(self.root)})
+            self._synced |= parents
+
+    def replace(self, path: str, content: bytes) -> None:
+        """See `atomic_files.replacing`."""
+        with replacing(self.root / path) as partial:
+            partial.write_bytes(content)
+
+    def read(self, path: str) -> bytes | None:
+        """A file's content, or None if there is no such file."""
+        try:
+            return (self.root / path).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def names(self, directory: str = "") -> list[str]:
+        """Names of the files in a directory, sorted."""
+        path = self.root / directory
+        return sorted(entry.name for entry in path.iterdir() if entry.is_file()) if path.is_dir() else []
+
+    def files(self) -> list[str]:
+        """Paths of all files, sorted."""
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+
+    def remove(self, path: str) -> None:
+        """Remove a file or a directory with all that is in it, if it is there."""
+        target = self.root / path
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+    def sync(self) -> None:
+        """fsync everything that is no shard of rows: those are durable since they were published."""
+        with write_errors(self.root):
+            for top, directories, files in os.walk(self.root):
+                if Path(top) == self.root:
+                    directories[:] = [name for name in directories if name not in ("acts", "rows")]
+                _parallel(sync, [Path(top, name) for name in ["", *files]])
+            arrays = [*self.root.glob("acts/*"), *self.root.glob("rows/*")]
+            _parallel(sync, [path for array in arrays for path in (array, array / "zarr.json") if path.exists()])
+
+    def sweep(self) -> None:
+        """Remove the files whose names say that they are not finished."""
+        for path in self.root.rglob("*"):
+            if path.name.startswith(PREFIX) or path.name.endswith(PARTIAL):
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self, name: str, *, wait: bool = False) -> Iterator[None]:
+        """A lock of the operating system, which ends with the process however that dies."""
+        with write_errors(self.root):
+            descriptor = os.open(self.root / (name + LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise StoreError(
+                    f"{self.name} is being written by another process; wait for it, or stop it first"
+                ) from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    def free_bytes(self) -> int | None:
+        """Room on the disk that holds the directory, or will."""
+        place = self.root.resolve()
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+
+class FileDraft:
+    """A file of a `Directory` that is not published yet."""
+
+    def __init__(self, root: Path, path: str) -> None:
+        self.path = path
+        self.partial = root / (path + PARTIAL)
+        self._root = root
+
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """Append the pieces."""
+        # Opened for each portion: a store of every hook point has more files than a process may hold open.
+        with write_errors(self._root), self.partial.open("ab", buffering=0) as stream:
+            for piece in pieces:
+                view = memoryview(piece).cast("B")
+                while view:
+                    view = view[stream.write(view) :]
+
+
+def _parallel(function: Callable[[Path], None], items: Iterable[Path]) -> None:
+    """Call for several at once; the file system joins their syncs in few commits of its journal."""
+    with ThreadPoolExecutor(SYNC_THREADS) as pool:
+        for _ in pool.map(function, items):
+            pass
+
+
+def place_of(out: str | Path) -> Place:
+    """The place that a path or URL names.
+
+    Raises:
+        StoreError: If the URL is of an unknown kind.
+    """
+    if "://" not in str(out):
+        return Directory(Path(out))
+    raise StoreError(f"{out} is of an unknown kind; give a directory")

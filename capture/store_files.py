@@ -1,0 +1,230 @@
+"""The files of a store for its reader: manifest, checked metadata, arrays, and what is pending.
+
+What is committed comes from the manifest; while several ranks write, from all of theirs. Of a complete store
+the manifest has the SHA-256 of every zarr.json, and the columns of `seqs` are arrays; until then the
+`pending` file of each shard holds the sequences that end in it.
+"""
+
+# Axes: row, sequence, pos, then the axes of one row
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load
+
+from capture import manifest as manifests
+from capture import schema
+from capture.manifest import MANIFEST, Manifest, Shard
+from capture.open_files import REMEDY, FileCache
+from capture.places import Directory, Place
+from capture.row_files import RowFiles, array_layout
+from capture.writer import PENDING
+from capture.zarr_rows import ZarrRows
+from mdlm_interp.errors import StoreError, nearest
+
+SEQUENCE_CHUNKS_READ = 8
+"""Chunks of a column of sequences that are hashed together."""
+
+
+@runtime_checkable
+class RowArray(Protocol):
+    """An array by rows, wherever it is. Values come as they are stored."""
+
+    rows: int
+    """Size of the first axis, which may be more than is committed."""
+    dtype: np.dtype[Any]
+    row: tuple[int, ...]
+    """Sizes of the other axes."""
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Consecutive rows, checked."""
+        ...
+
+    def take(
+        self,
+        rows: NDArray[np.int64],
+        out: NDArray[Any],
+        positions: NDArray[np.int64] | None,
+        *,
+        check: bool = True,
+    ) -> None:
+        """Copy rows, which ascend, to these positions of `out`; to the first ones in order if none.
+
+        Args:
+            check: Compare checksums of chunks that were not checked before, which reads them whole.
+        """
+        ...
+
+    def prefetch(self, rows: NDArray[np.int64], *, check: bool = True) -> None:
+        """Begin to fetch what `take` of these rows would read; returns at once."""
+        ...
+
+
+def read_manifest(place: Place) -> Manifest:
+    """What is committed, by all ranks.
+
+    Raises:
+        StoreError: If there is no manifest, or one is damaged.
+    """
+    # The last rank may be replacing the manifests of all by one.
+    for _ in range(3):
+        names = place.names()
+        world_size = manifests.world_size_of(names) or 0
+        of_ranks = [manifests.rank_manifest(rank, world_size) for rank in range(world_size)]
+        wanted = [MANIFEST] if MANIFEST in names else [name for name in of_ranks if name in names]
+        if not wanted:
+            raise _no_store(place)
+        found = [content for name in wanted if (content := _content(place, name)) is not None]
+        if len(found) == len(wanted):
+            parsed = zip(found, wanted, strict=True)
+            return manifests.joined(
+                [manifests.from_bytes(content, f"{place.name}/{name}") for content, name in parsed]
+            )
+    raise StoreError(f"{place.name}: its manifests come and go; open it when the capture is done")
+
+
+def _no_store(place: Place) -> StoreError:
+    if not isinstance(place, Directory):
+        return StoreError(f"{place.name} has no {MANIFEST}: it is no activation store")
+    root = place.root
+    if not root.exists():
+        siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
+        return StoreError(f"{root} does not exist{nearest(root.name, siblings)}")
+    if not root.is_dir():
+        return StoreError(f"{root} is a file, not a store")
+    inside = sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
+    hint = f"; did you mean {str(root / inside[0])!r}?" if inside else ""
+    return StoreError(f"{root} has no {MANIFEST}: it is no activation store{hint}")
+
+
+def _content(place: Place, path: str) -> bytes | None:
+    try:
+        return place.read(path)
+    except OSError as error:
+        raise StoreError(
+            f"{place.name}/{path} cannot be read ({error.strerror or error}); {REMEDY}"
+        ) from None
+
+
+class StoreFiles:
+    """A store's files as of one manifest.
+
+    Args:
+        manifest: What is committed; none takes what the place says.
+    """
+
+    def __init__(self, place: Place, manifest: Manifest | None = None) -> None:
+        self.place = place
+        self.manifest = read_manifest(place) if manifest is None else manifest
+        self._cache = FileCache()
+        self._arrays: dict[str, RowArray] = {}
+        self._columns: dict[str, NDArray[Any]] = {}
+
+    def metadata(self, node: str = "") -> dict[str, Any]:
+        """The zarr.json of an array, or of the store itself."""
+        path = f"{node}/zarr.json" if node else "zarr.json"
+        name, content = f"{self.place.name}/{path}", _content(self.place, path)
+        if content is None:
+            raise StoreError(f"{name} is missing; {REMEDY}")
+        recorded = self.manifest.files.get(path)
+        if recorded is not None and hashlib.sha256(content).hexdigest() != recorded:
+            raise StoreError(f"{name} is damaged (its SHA-256 is not the one in {MANIFEST}); {REMEDY}")
+        try:
+            metadata = json.loads(content.decode("utf-8"))
+        except ValueError as error:
+            raise StoreError(f"{name} is damaged ({error}); {REMEDY}") from None
+        if not isinstance(metadata, dict):
+            raise StoreError(f"{name} is damaged (no JSON object); {REMEDY}")
+        return metadata
+
+    def array(self, path: str) -> RowArray:
+        """An array by its path in the store, opened once."""
+        found = self._arrays.get(path)
+        if found is None:
+            found = self._arrays[path] = self._open(path)
+        return found
+
+    def _open(self, path: str) -> RowArray:
+        metadata = self.metadata(path)
+        try:
+            layout = array_layout(metadata)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            message = f"{type(error).__name__}: {error}"
+            raise StoreError(f"{self.place.name}/{path}/zarr.json is damaged ({message}); {REMEDY}") from None
+        if path.partition("/")[0] in ("acts", "rows"):
+            self._check_size(path, layout.rows, layout.shard.rows)
+        if isinstance(self.place, Directory):
+            return RowFiles(self.place.root / path, layout, self._cache)
+        return ZarrRows(self.place, path)
+
+    def _check_size(self, path: str, rows: int, shard_rows: int) -> None:
+        committed = self.manifest.committed_rows
+        if shard_rows != self.manifest.shard_rows or (self.manifest.complete and rows != committed):
+            raise StoreError(
+                f"{self.place.name}/{path}/zarr.json has {rows} rows in shards of {shard_rows}, {MANIFEST} has "
+                f"{committed} in shards of {self.manifest.shard_rows}; {REMEDY}"
+            )
+
+    def committed(self) -> Iterator[Shard]:
+        """The shards that readers may trust, in order."""
+        for shard in self.manifest.shards:
+            if shard.rows[1] <= self.manifest.committed_rows:
+                yield shard
+
+    def pending(self, shard: Shard, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Those of these arrays that are in the pending file of a shard of an incomplete store."""
+        path = f"{PENDING}/{shard.rows[0] // self.manifest.shard_rows}.safetensors"
+        content = _content(self.place, path)
+        if content is None:
+            raise StoreError(
+                f"{self.place.name}/{path} is missing; if the capture went on since this store was opened, "
+                f"open it again, otherwise {REMEDY}"
+            )
+        if google_crc32c.value(content) != shard.pending:
+            raise StoreError(f"{self.place.name}/{path} is damaged (not the one in {MANIFEST}); {REMEDY}")
+        found = load(content)
+        return {name: found[name] for name in names if name in found}
+
+    def sequence_column(self, name: str) -> NDArray[Any]:
+        """A column of all committed sequences [sequence] or [sequence, pos], read once; not to be changed."""
+        found = self._columns.get(name)
+        if found is None:
+            blocks = list(self.sequence_blocks(name))
+            empty = np.empty(self.sequence_shape(name, 0), schema.SEQUENCE_COLUMNS[name].dtype)
+            found = self._columns[name] = np.concatenate([empty, *blocks])
+        return found
+
+    def sequence_shape(self, name: str, sequences: int) -> tuple[int, ...]:
+        """Shape of a column of that many sequences."""
+        per_position = schema.SEQUENCE_COLUMNS[name].per_position
+        return (sequences, self.manifest.length) if per_position else (sequences,)
+
+    def sequence_blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        """The same in portions."""
+        total, done = self.manifest.n_sequences, 0
+        for block in self._stored_blocks(name) if self.manifest.complete else self._pending_blocks(name):
+            if block.shape != self.sequence_shape(name, len(block)):
+                raise StoreError(
+                    f"{self.place.name}: {name} of sequences has shape {list(block.shape)}; {REMEDY}"
+                )
+            done += len(block)
+            yield block
+        if done != total:
+            raise StoreError(f"{self.place.name} has {done} of {total} sequences; {REMEDY}")
+
+    def _stored_blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        array = self.array(f"seqs/{name}")
+        step = SEQUENCE_CHUNKS_READ * schema.SEQUENCE_CHUNK
+        for start in range(0, array.rows, step):
+            yield array.read(start, min(start + step, array.rows))
+
+    def _pending_blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        for shard in self.committed():
+            yield from self.pending(shard, [f"seqs/{name}"]).values()

@@ -1,0 +1,73 @@
+"""The sums of the residual stream hold bit for bit, and a pass in which they do not is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from capture import run_capture
+from capture.checks import additions, check_additions
+from mdlm_interp import HookedMDLM
+from mdlm_interp.errors import StoreError
+
+STREAM = tuple(f"blocks.*.hook_{name}" for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"))
+
+
+def test_the_sums_of_both_blocks_are_checked(config):
+    model = HookedMDLM.from_pretrained(config.model)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(torch.zeros(2, 5, dtype=torch.int64), STREAM)
+    found = additions(list(cache))
+    assert len(found) == 4
+    check_additions(cache)
+    for total, left, right in found:
+        for name in (total, left, right):
+            wrong = dict(cache)
+            wrong[name] = cache[name].clone()
+            wrong[name][1, 2, 3] += 0.5
+            with pytest.raises(StoreError, match=r"differs at \[1, 2, 3\]"):
+                check_additions(wrong)
+
+
+def test_a_capture_looks_at_the_sums_though_it_records_none_of_them(config, monkeypatch):
+    original = HookedMDLM.run_with_cache
+
+    def edited(self, *args, **kwargs):
+        output, cache = original(self, *args, **kwargs)
+        name = "blocks.1.hook_resid_mid"
+        if name in cache:
+            dict.__setitem__(cache._tensors, name, cache[name] + 1)
+        return output, cache
+
+    monkeypatch.setattr(HookedMDLM, "run_with_cache", edited)
+    with pytest.raises(StoreError, match=r"blocks\.1\.hook_resid_mid must be blocks\.1\.hook_resid_pre \+"):
+        run_capture(replace(config, hooks=("blocks.1.mlp.hook_in",)))
+
+
+def test_activations_too_large_for_float16_are_refused_and_nothing_is_committed(config, monkeypatch):
+    original = HookedMDLM.run_with_cache
+
+    def louder(self, *args, **kwargs):
+        output, cache = original(self, *args, **kwargs)
+        return output, {name: values * 1e7 for name, values in cache.items()}
+
+    monkeypatch.setattr(HookedMDLM, "run_with_cache", louder)
+    with pytest.raises(StoreError, match=r"and float16 ends at 65504; capture with --dtype bfloat16 or float32"):
+        run_capture(replace(config, hooks=("hook_embed",), dtype="float16"))
+    assert run_capture(replace(config, hooks=("hook_embed",), dtype="bfloat16", out=config.out + "2")).complete
+
+
+def test_infinite_and_undefined_activations_are_counted(config, monkeypatch):
+    original = HookedMDLM.run_with_cache
+
+    def broken(self, *args, **kwargs):
+        output, cache = original(self, *args, **kwargs)
+        values = cache["hook_embed"].clone()
+        values[0, 3, 4], values[0, 3, 5] = torch.inf, torch.nan
+        return output, {"hook_embed": values}
+
+    monkeypatch.setattr(HookedMDLM, "run_with_cache", broken)
+    store = run_capture(replace(config, hooks=("hook_embed",)))
+    # Two batches of 16 and 5 sequences.
+    assert [shard.not_finite for shard in store.manifest.shards] == [4]
+    assert store.read([3])["hook_embed"][0, 4] == torch.inf

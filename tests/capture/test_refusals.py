@@ -1,0 +1,143 @@
+"""Requests that cannot be fulfilled are refused in one line before anything is written."""
+
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from capture import run_capture
+from mdlm_interp import load_tokenizer
+from mdlm_interp.errors import ConfigError, DataError, HookError, OutputExistsError, StoreError
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_an_existing_output_is_refused_and_untouched(config, kind):
+    out = Path(config.out)
+    kept = out
+    if kind == "directory":
+        out.mkdir()
+        kept = out / "notes.txt"
+    kept.write_text("mine")
+    with pytest.raises(OutputExistsError, match="is no activation store; choose another --out, or remove it"):
+        run_capture(config)
+    assert kept.read_text() == "mine"
+    assert sorted(out.parent.rglob("*")) == sorted({out, kept})
+
+
+def test_an_empty_directory_is_no_obstacle(config):
+    Path(config.out).mkdir()
+    assert run_capture(config).complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"length": 33},
+            ConfigError,
+            "length 33 is more than the model's context of 32 tokens; lower --length",
+        ),
+        ({"hooks": ("blocks.*.hook_mlp_ot",)}, HookError, "no hook point matches 'blocks.*.hook_mlp_ot'"),
+        (
+            {"hooks": ("blocks.*",)},
+            HookError,
+            "blocks.0.adaln.hook_shift_attn (and 15 more) has no position axis, and a store keeps one row",
+        ),
+        ({"hooks": ("hook_cond",)}, HookError, "hook_cond has no position axis"),
+        (
+            {"hooks": ("blocks.1.attn.hook_pattern",)},
+            HookError,
+            "blocks.1.attn.hook_pattern has two position axes",
+        ),
+    ],
+)
+def test_a_request_that_does_not_fit_the_model_is_refused_before_writing(config, changes, error, message):
+    with pytest.raises(error) as caught:
+        run_capture(replace(config, **changes))
+    assert message in str(caught.value)
+    assert not Path(config.out).exists()
+
+
+def test_text_shorter_than_one_block_is_refused_with_its_token_count(config, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the old fox")
+    tokens = len(load_tokenizer(config.model).encode("the old fox")) + 1
+    with pytest.raises(DataError) as caught:
+        run_capture(replace(config, files=(short,)))
+    assert str(caught.value) == (
+        f"the text has {tokens} tokens and one sequence of length 24 needs 22; "
+        f"lower --length or give more text"
+    )
+    assert not Path(config.out).exists()
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(config, tmp_path):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    vocabulary = {"<|endoftext|>": 0, "a": 1}
+    Backend(models.BPE(vocab=vocabulary, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"has 3 ids and the model .* has 301; name the tokenizer"):
+        run_capture(replace(config, tokenizer=str(tmp_path)))
+
+
+def test_a_store_that_the_disk_cannot_hold_is_refused_before_writing(config, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
+    with pytest.raises(StoreError) as caught:
+        run_capture(config)
+    # A row has four hooks of 32 floats, five int64 and a bool (553 bytes), a token of a sequence 16 more.
+    assert "kB for 504 rows and its disk has 100.0 kB free; lower --max-rows to " in str(caught.value)
+    assert "record fewer hooks, choose another --out, or start anyway with --any-disk" in str(caught.value)
+    assert not Path(config.out).exists()
+
+
+def test_a_full_disk_does_not_stop_who_insists(config, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
+    assert run_capture(replace(config, any_disk=True)).complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"files": ()}, "files must name at least one text file"),
+        ({"hooks": ()}, "hooks must name at least one hook point"),
+        ({"length": 0}, "length must be at least 1, got 0"),
+        ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be in [0, 2**64), got -1"),
+        ({"shard_rows": 100}, "shard_rows must be a multiple of 256, got 100"),
+        ({"times": "fixed"}, "times fixed needs time, such as --time 0.1 0.5 0.9"),
+        ({"time": (0.5,)}, "time [0.5] has no effect with times 'low_discrepancy'; set times to 'fixed'"),
+        ({"times": "fixed", "time": (0.5, 1.5)}, "time must be in [0, 1], 0 being clean text, got 1.5"),
+        ({"times": "fixed", "time": (float("nan"),)}, "time must be in [0, 1], 0 being clean text, got nan"),
+        ({"times": "fixed", "time": (0.5, 0.5)}, "time names a value twice: [0.5, 0.5]; name each once"),
+        ({"positions": "every"}, "positions every needs every, a whole number"),
+        ({"positions": "random"}, "positions random needs per_sequence, a whole number"),
+        ({"every": 2}, "every has no effect with positions 'all'"),
+        ({"positions": "masked", "per_sequence": 2}, "per_sequence has no effect with positions 'masked'"),
+        ({"rank": 2, "world_size": 2}, "rank must be from 0 to world_size - 1, got rank 2 of 2"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(config, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        replace(config, **changes)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"rank": 0}, ConfigError, "rank and world_size must be given together"),
+        ({"device": "tpu"}, ConfigError, "device must be cpu, cuda or cuda:N, got 'tpu'"),
+        ({"device": "meta"}, ConfigError, "device must be cpu, cuda or cuda:N, got 'meta'"),
+        ({"positions": "random", "per_sequence": 25}, ConfigError, "per_sequence must be at most length 24, got 25"),
+        ({"max_rows": 5}, DataError, "no sequence of length 24 with all positions fits the text and max_rows 5"),
+        ({"out": "ftp://host/run.zarr"}, StoreError, "ftp://host/run.zarr is of an unknown kind"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(config, changes, error, message):
+    with pytest.raises(error) as caught:
+        run_capture(replace(config, **changes))
+    assert message in str(caught.value)

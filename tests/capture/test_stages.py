@@ -1,0 +1,70 @@
+"""Stages work jobs in order, hold few, and pass errors to whoever feeds them."""
+
+import threading
+import time
+
+import pytest
+
+from capture.stages import Stage
+
+
+def test_jobs_are_worked_in_order_and_all_before_close_returns():
+    done: list[int] = []
+    stage = Stage(done.append, depth=2, name="test")
+    for job in range(50):
+        stage.put(job)
+    stage.close()
+    assert done == list(range(50))
+
+
+def test_no_more_jobs_wait_than_the_depth():
+    gate, handed = threading.Event(), []
+    stage = Stage(lambda _: gate.wait(), depth=2, name="test")
+
+    def feed():
+        for job in range(6):
+            stage.put(job)
+            handed.append(job)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    time.sleep(0.2)
+    # One is being worked, two wait, and the fourth is held back.
+    assert len(handed) == 3
+    gate.set()
+    feeder.join()
+    stage.close()
+    assert len(handed) == 6
+
+
+def test_an_error_reaches_the_feeder_and_nothing_after_it_is_worked():
+    done: list[int] = []
+
+    def work(job: int) -> None:
+        if job == 3:
+            raise OSError(5, "Input/output error")
+        done.append(job)
+
+    stage = Stage(work, depth=1, name="test")
+    with pytest.raises(OSError, match="Input/output error"):
+        for job in range(100):
+            stage.put(job)
+    with pytest.raises(OSError, match="Input/output error"):
+        stage.close()
+    assert done == [0, 1, 2]
+
+
+def test_abandoning_drops_what_waits_and_leaves_no_thread():
+    gate, done = threading.Event(), []
+
+    def work(job: int) -> None:
+        gate.wait()
+        done.append(job)
+
+    stage = Stage(work, depth=3, name="abandoned-stage")
+    for job in range(3):
+        stage.put(job)
+    threading.Timer(0.05, gate.set).start()
+    stage.abandon()
+    assert len(done) <= 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "abandoned-stage"]

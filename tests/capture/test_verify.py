@@ -1,0 +1,189 @@
+"""Verification finds any flipped bit, a store of another model, and rows that the model does not give."""
+
+import json
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from capture import open_store, run_capture
+from capture import manifest as manifests
+from capture.manifest import MANIFEST
+from capture.shards import shard_digest
+from capture.verify import verify_files, verify_rows, verify_store
+from mdlm_interp import HookedMDLM, load_tokenizer
+from mdlm_interp.errors import StoreError
+
+
+@pytest.fixture
+def store(config, small_shards):
+    """504 rows in eight shards, six batches of 4 sequences."""
+    return run_capture(replace(config, batch_size=4))
+
+
+def test_a_sound_store_is_verified_whole(store):
+    found = verify_store(store.path, batches=100)
+    assert found.batches == 6
+    assert found.rows == 504
+    assert found.bitwise
+    assert found.largest == 0.0
+    on_disk = sum(1 for path in Path(store.path).rglob("*") if path.is_file())
+    assert found.files == on_disk - 1  # the manifest answers for itself
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"positions": "masked"},
+        {"pack": "documents"},
+        {"dtype": "float16"},
+        {"dtype": "bfloat16", "times": "fixed", "time": (0.3, 0.9)},
+        {"arithmetic": "exact", "max_sequences": 4},
+        {"hooks": ("blocks.*.attn.hook_z", "hook_logits"), "positions": "every", "every": 5},
+    ],
+)
+def test_every_kind_of_store_is_recomputed_to_the_same_bits(config, changes):
+    made = run_capture(replace(config, batch_size=4, **changes))
+    found = verify_store(made.path, batches=3)
+    assert found.bitwise
+    assert found.rows > 0
+
+
+def test_a_flipped_bit_anywhere_is_found(store):
+    draw = random.Random(3)
+    files = sorted(path for path in Path(store.path).rglob("*") if path.is_file())
+    # Every file once at a random bit, and the ends of each, where lengths and checksums are.
+    for path in files:
+        content = path.read_bytes()
+        for bit in {draw.randrange(8 * len(content)), 0, 8 * len(content) - 1}:
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            with pytest.raises(StoreError):
+                verify_files(open_store(store.path))
+        path.write_bytes(content)
+    verify_files(open_store(store.path))
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "longer", "strange"])
+def test_files_that_are_not_those_of_the_store_are_found(store, how):
+    shard = Path(store.path) / "acts" / store.hooks[0] / "c.3.0"
+    if how == "missing":
+        shard.unlink()
+    elif how == "cut":
+        os.truncate(shard, shard.stat().st_size - 1)
+    elif how == "longer":
+        shard.write_bytes(shard.read_bytes() + b"x")
+    else:
+        shard.with_name("notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"c\.3\.0 is (missing|damaged)|notes\.txt is no file of this store"):
+        verify_files(open_store(store.path))
+
+
+def test_shards_that_were_swapped_are_found_though_each_is_whole(store):
+    first, second = (Path(store.path) / "acts" / store.hooks[0] / f"c.{number}.0" for number in (0, 1))
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    with pytest.raises(StoreError, match="are whole, but not the ones that the manifest lists"):
+        verify_files(open_store(store.path))
+
+
+def test_an_incomplete_store_is_verified_as_far_as_it_goes(config, small_shards, monkeypatch):
+    original, calls = HookedMDLM.forward, 0
+
+    def failing(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(HookedMDLM, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_capture(replace(config, batch_size=4))
+    monkeypatch.setattr(HookedMDLM, "forward", original)
+    found = verify_store(config.out, batches=10)
+    assert found.bitwise
+    assert 0 < found.batches < 6
+
+
+def changed_consistently(store, hook, row, value):
+    """Another value in a store whose checksums and manifest were all made to fit it."""
+    import zarr
+
+    array = zarr.open_array(store.path / "acts" / hook, mode="r+")
+    array[row] = value
+    shard = row // store.manifest.shard_rows
+    root = Path(store.path)
+    checksums = {}
+    for name in store.hooks:
+        data = (root / "acts" / name / f"c.{shard}.0").read_bytes()
+        step = 16 * 32 * 4 + 4
+        checksums[f"acts/{name}"] = [
+            int.from_bytes(data[(number + 1) * step - 4 : (number + 1) * step], "little") for number in range(4)
+        ]
+    for path in (root / "rows").iterdir():
+        if path.is_dir():
+            checksums[f"rows/{path.name}"] = [
+                int.from_bytes((path / f"c.{shard}").read_bytes()[-4:], "little")
+            ]
+    shards = list(store.manifest.shards)
+    shards[shard] = replace(shards[shard], sha256=shard_digest(checksums))
+    (root / MANIFEST).write_bytes(manifests.to_bytes(replace(store.manifest, shards=tuple(shards))))
+
+
+def test_a_wrong_activation_with_right_checksums_is_found_by_recomputing(store):
+    changed_consistently(store, store.hooks[1], 130, np.full(32, 0.5, np.float32))
+    again = open_store(store.path)
+    verify_files(again)
+    with pytest.raises(StoreError, match=rf"{store.hooks[1]} of row 130 at \[0\] is 0\.5 and was recomputed as"):
+        verify_rows(again, None, batches=100)
+
+
+def test_on_another_stack_native_rows_may_differ_by_rounding_only(store, monkeypatch):
+    import capture.verify as module
+
+    monkeypatch.setattr(module, "SAME_STACK", ("threads",))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    found = verify_rows(store, None, batches=100)
+    assert not found.bitwise
+    rms = float(store.read(slice(None))[store.hooks[0]].square().mean().sqrt())
+    row = store.read([130])[store.hooks[0]][0].numpy()
+    changed_consistently(store, store.hooks[0], 130, row + np.float32(0.5e-3 * rms))
+    assert 1e-4 < verify_rows(open_store(store.path), None, batches=100).largest < 1e-3
+    changed_consistently(store, store.hooks[0], 130, row + np.float32(3e-3 * rms))
+    with pytest.raises(StoreError, match=r"may differ by 0\.001 of the root mean square"):
+        verify_rows(open_store(store.path), None, batches=100)
+
+
+def test_the_weights_of_another_model_are_refused(store, tmp_path, config):
+    model = HookedMDLM.from_pretrained(config.model)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    model.save_pretrained(tmp_path / "other")
+    load_tokenizer(config.model).save(tmp_path / "other")
+    with pytest.raises(StoreError, match=r"was captured with weights_sha256 .* name the model of the store with --model"):
+        verify_rows(store, str(tmp_path / "other"), batches=1)
+
+
+def test_noise_that_the_seed_does_not_give_is_found(store, monkeypatch):
+    import capture.verify as module
+
+    monkeypatch.setattr(
+        module, "noised", lambda ids, t, mask_id, *, seed, block_number: np.full_like(ids, mask_id)
+    )
+    with pytest.raises(StoreError, match="and its seed and time give 300; capture again"):
+        verify_rows(store, None, batches=1)
+
+
+def test_a_manifest_of_another_capture_is_no_json_trick(store):
+    text = json.loads((Path(store.path) / MANIFEST).read_text())
+    text["committed_rows"] = 400
+    (Path(store.path) / MANIFEST).write_text(json.dumps(text))
+    with pytest.raises(StoreError, match="does not match its own SHA-256"):
+        open_store(store.path)
