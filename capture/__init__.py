@@ -5,29 +5,25 @@ Names are loaded when first used, so that importing the package costs nothing.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mdlm_interp.lazy_exports import lazily
 
 if TYPE_CHECKING:
     from capture.config import CaptureConfig
     from capture.reader import ActivationStore, open_store
     from capture.run import run_capture
+    from capture.verify import verify_store
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "open_store": "capture.reader",
+            "CaptureConfig": "capture.config",
+            "run_capture": "capture.run",
+            "verify_store": "capture.verify",
+            "ActivationStore": "capture.reader",
+        },
+    )
 
-__all__ = ["open_store", "CaptureConfig", "run_capture", "ActivationStore"]
-
-_HOMES = {
-    "open_store": "capture.reader",
-    "CaptureConfig": "capture.config",
-    "run_capture": "capture.run",
-    "ActivationStore": "capture.reader",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__all__ = ["open_store", "CaptureConfig", "run_capture", "verify_store", "ActivationStore"]

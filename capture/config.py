@@ -95,7 +95,7 @@ class CaptureConfig:
 
     def _check_times(self) -> None:
         if self.times == "fixed" and not self.time:
-            raise ConfigError("times fixed needs time, such as --time 0.1 0.5 0.9")
+            raise ConfigError("times fixed needs time, such as --time 0.1,0.5,0.9")
         if self.times != "fixed" and self.time:
             raise ConfigError(
                 f"time {list(self.time)} has no effect with times {self.times!r}; set times to 'fixed'"

@@ -1,4 +1,4 @@
-"""What a capture will take, before it begins: rows, bytes and, once a batch was timed, hours."""
+"""What a capture will take, before it begins: rows, sequences and bytes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,9 @@ class Forecast:
     """Bytes."""
     row_size: float
     """Bytes for each row, with its share of the sequences."""
-    hours: float | None = None
-    """Of forward passes, at the speed of the first batch; None if none was timed."""
 
     def __str__(self) -> str:
-        hours = "" if self.hours is None else f", about {duration(self.hours)}"
-        return f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}{hours}"
+        return f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}"
 
 
 def forecast(config: CaptureConfig, tokenizer: Tokenizer, layout: schema.Layout) -> Forecast:
@@ -106,8 +103,8 @@ def bytes_text(size: int | float) -> str:
 def duration(hours: int | float) -> str:
     """A time span in the unit that suits it.
 
-    >>> duration(0.5), duration(30)
-    ('30.0 min', '30.0 h')
+    >>> duration(0.001), duration(0.5), duration(30)
+    ('4 s', '30.0 min', '30.0 h')
     """
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"

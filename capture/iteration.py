@@ -39,6 +39,8 @@ from mdlm_interp.shapes import Int64
 SCAN_ROWS = 2**20
 """Rows whose columns are looked at together when the selected ones are counted."""
 
+MOST_EPOCHS = 2**31
+
 Selection: TypeAlias = Literal["all", "masked", "unmasked"]
 
 
@@ -76,10 +78,12 @@ class _Share:
 class ShuffledRows:
     """Batches of a store's rows, shuffled; iterating goes on from `position` to the end of its epoch.
 
-    >>> rows = ShuffledRows(open_store("run.zarr"), batch_size=4096, seed=0)  # doctest: +SKIP
-    >>> rows.position = saved  # doctest: +SKIP
-    >>> for batch in rows:  # doctest: +SKIP
-    ...     train(batch.acts)
+        rows = ShuffledRows(store, batch_size=4096, seed=0)
+        rows.position = saved  # or not: then from the beginning
+        while rows.position.epoch < 3:
+            for batch in rows:
+                train(batch.acts)
+                save(rows.position)
 
     Args:
         hooks: Names of the hook points to read; none takes all.
@@ -135,8 +139,8 @@ class ShuffledRows:
                 f"{store.name}: {self.n_rows} selected rows over {world_size} ranks make no{full}; select more"
             )
         self._share = lru_cache(maxsize=2)(self._draw_share)
-        self._windows: dict[tuple[int, int], RowBatch] = {}
-        self._given: Position | None = None
+        self._windows: dict[tuple[int, int], tuple[RowBatch, NDArray[np.int64]]] = {}
+        """The windows of the batch given last, by epoch and number."""
         self._position = Position(0, 0)
 
     def __len__(self) -> int:
@@ -150,13 +154,8 @@ class ShuffledRows:
 
     @position.setter
     def position(self, position: tuple[int, int]) -> None:
-        epoch, step = position
-        if epoch < 0 or not 0 <= step < self.steps_per_epoch:
-            raise ConfigError(
-                f"a position must have epoch >= 0 and step in [0, {self.steps_per_epoch}), got ({epoch}, {step}); "
-                f"was it saved with another store, batch_size or world_size?"
-            )
-        self._position = Position(epoch, step)
+        self._check(*position)
+        self._position = Position(*position)
 
     def __iter__(self) -> Iterator[RowBatch]:
         """The batches from `position` to the end of its epoch; `position` is then that of the next one."""
@@ -167,24 +166,43 @@ class ShuffledRows:
             yield batch
 
     def rows(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """The rows of a batch, without reading their activations."""
-        parts = [self._window_rows(epoch, window)[part] for window, part in self._pieces(epoch, step)]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        """The rows of a batch, without reading their activations.
+
+        Raises:
+            ConfigError: If there is no such step.
+        """
+        self._check(epoch, step)
+        parts = [np.empty(0, np.int64)]
+        for window, part in self._pieces(epoch, step):
+            rows, order = self._window_rows(epoch, window)
+            parts.append(rows[order[part]])
+        return np.concatenate(parts)
 
     def batch(self, epoch: int, step: int) -> RowBatch:
-        """One batch. The one after it goes on in the same window; any other begins by reading its own."""
-        # Tensors of a window are given out, never twice: who gets them may change them.
-        kept = self._windows if self._given is not None and (epoch, step) == self._after(self._given) else {}
+        """One batch. The windows that it is from are kept, so that the next ones need not read them again.
+
+        Raises:
+            ConfigError: If there is no such step.
+        """
+        self._check(epoch, step)
         pieces = self._pieces(epoch, step)
-        self._windows = {key: kept[key] for window, _ in pieces if (key := (epoch, window)) in kept}
+        self._windows = {key: self._windows[key] for w, _ in pieces if (key := (epoch, w)) in self._windows}
         parts = []
         for window, part in pieces:
             if (epoch, window) not in self._windows:
-                self._windows[epoch, window] = self._read(self._window_rows(epoch, window))
+                rows, order = self._window_rows(epoch, window)
+                self._windows[epoch, window] = self._read(rows), order
                 self._prefetch_after(epoch, window)
-            parts.append(_part(self._windows[epoch, window], part))
-        self._given = Position(epoch, step)
+            whole, order = self._windows[epoch, window]
+            parts.append(_chosen(whole, torch.from_numpy(order[part])))
         return _joined(parts) if parts else self._read(np.empty(0, np.int64))
+
+    def _check(self, epoch: int, step: int) -> None:
+        if not 0 <= epoch < MOST_EPOCHS or not 0 <= step < self.steps_per_epoch:
+            raise ConfigError(
+                f"an epoch has steps 0 to {self.steps_per_epoch - 1}, got step {step} of epoch {epoch}; was the "
+                f"position saved with another store, selection, batch_size or world_size?"
+            )
 
     def _after(self, position: Position) -> Position:
         epoch, step = position
@@ -213,8 +231,8 @@ class ShuffledRows:
         bounds = np.unique([0, *ends[self.window_chunks - 1 :: self.window_chunks], stop - start])
         return _Share(chunks=chunks, skip=skip, bounds=bounds)
 
-    def _window_rows(self, epoch: int, window: int) -> NDArray[np.int64]:
-        """A window's rows in the order in which they are used."""
+    def _window_rows(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """A window's rows in ascending order, and the order in which they are used."""
         share = self._share(epoch)
         chunks = share.chunks[window * self.window_chunks : (window + 1) * self.window_chunks]
         starts = (chunks * CHUNK_ROWS).tolist()
@@ -224,9 +242,9 @@ class ShuffledRows:
         if self._filtered:
             rows = rows[self._selected(rows)]
         rows = rows[share.skip if window == 0 else 0 :]
-        rows = rows[: int(share.bounds[window + 1] - share.bounds[window])]
+        rows = np.sort(rows[: int(share.bounds[window + 1] - share.bounds[window])])
         stream = f"rows:window:{self.rank}/{self.world_size}"
-        return rows[permutation(self.seed, stream, epoch << 32 | window, len(rows))]
+        return rows, permutation(self.seed, stream, epoch << 32 | window, len(rows))
 
     def _read(self, rows: NDArray[np.int64]) -> RowBatch:
         acts = self.store.read(rows, self.hooks)
@@ -235,7 +253,7 @@ class ShuffledRows:
     def _prefetch_after(self, epoch: int, window: int) -> None:
         """Let the disk work on the next window while this one is used."""
         following = (epoch, window + 1) if window + 2 < len(self._share(epoch).bounds) else (epoch + 1, 0)
-        self.store.prefetch(self._window_rows(*following), self.hooks)
+        self.store.prefetch(self._window_rows(*following)[0], self.hooks)
 
     def _count(self) -> NDArray[np.int64]:
         """Selected rows of each chunk."""
@@ -277,11 +295,11 @@ def _lookup(sequences: Sequence[int] | NDArray[np.integer[Any]], store: Activati
     return wanted
 
 
-def _part(window: RowBatch, part: slice) -> RowBatch:
+def _chosen(window: RowBatch, index: Int64[Tensor, " row"]) -> RowBatch:
     return RowBatch(
-        rows=window.rows[part],
-        acts={name: values[part] for name, values in window.acts.items()},
-        coords={name: values[part] for name, values in window.coords.items()},
+        rows=window.rows[index],
+        acts={name: values.index_select(0, index) for name, values in window.acts.items()},
+        coords={name: values.index_select(0, index) for name, values in window.coords.items()},
     )
 
 

@@ -24,6 +24,8 @@ from mdlm_interp.atomic_files import PREFIX, replacing, sync, sync_tree, write_e
 from mdlm_interp.errors import StoreError
 
 SYNC_THREADS = 8
+MAX_VECTORS = 256
+"""Buffers that are handed to the system in one call; POSIX promises 16, Linux takes 1,024."""
 PARTIAL = ".partial"
 """End of the name of a file that is not published yet; no reader takes it for a chunk."""
 LOCK = ".lock"
@@ -252,11 +254,22 @@ class FileDraft:
     def write(self, pieces: Sequence[Piece]) -> None:
         """Append the pieces."""
         # Opened for each portion: a store of every hook point has more files than a process may hold open.
-        with write_errors(self._root), self.partial.open("ab", buffering=0) as stream:
-            for piece in pieces:
-                view = memoryview(piece).cast("B")
-                while view:
-                    view = view[stream.write(view) :]
+        with write_errors(self._root):
+            descriptor = os.open(self.partial, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                _write_all(descriptor, [memoryview(piece).cast("B") for piece in pieces])
+            finally:
+                os.close(descriptor)
+
+
+def _write_all(descriptor: int, views: list[memoryview]) -> None:
+    """Write all of these, many a call."""
+    while views:
+        written = os.writev(descriptor, views[:MAX_VECTORS])
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
 
 
 def _parallel(function: Callable[[Path], None], items: Iterable[Path]) -> None:

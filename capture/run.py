@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from capture import schema
 from capture.begin import begin
 from capture.config import CaptureConfig
 from capture.finish import done_name, finish
-from capture.forecast import forecast, refuse_full_disk
+from capture.forecast import duration, forecast, refuse_full_disk
 from capture.forward import Forward
 from capture.places import Place, place_of
 from capture.plan import SCHEDULE, Batch, batches, read_blocks
@@ -47,6 +48,8 @@ class Request:
 
     config: CaptureConfig
     """With nothing left to default."""
+    first: Batch
+    """The first of the whole capture."""
     model: HookedMDLM
     directory: Path
     """Of the model."""
@@ -76,8 +79,10 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
     expected = forecast(request.config, request.tokenizer, request.layout)
     if not config.any_disk:
         refuse_full_disk(place, expected)
+    forward = forward_of(request.model, list(request.layout.shapes), request.config)
     if progress and request.rank == 0:
-        print(f"{place.name}: {expected}", file=sys.stderr)
+        hours = expected.rows / rows_per_second(forward, request.first) / 3600 / request.world_size
+        print(f"{place.name}: {expected}, about {duration(hours)}", file=sys.stderr)
     attributes = {
         "config": request.config.identity(),
         "provenance": provenance(
@@ -93,7 +98,7 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
         with place.lock(f"rank-{request.rank}"):
             # Another process may have committed between reading the manifest and taking the lock.
             manifest = begin(place, request.layout, attributes, expected.rows, request.rank, request.world_size)
-            rows = _write(place, request, manifest, progress)
+            rows = _write(place, request, forward, manifest, progress)
             with place.lock("finish", wait=True):
                 finish(place, request.layout, world_size=request.world_size, rows=rows)
     return open_store(config.out)
@@ -109,7 +114,8 @@ def prepared(config: CaptureConfig) -> Request:
     config = resolved(config, model, tokenizer)
     assert config.length is not None and config.shard_rows is not None
     hooks = recordable_hooks(config.hooks, model)
-    if next(batches(config, tokenizer), None) is None:
+    first = next(batches(config, tokenizer), None)
+    if first is None:
         raise DataError(_too_short(config, tokenizer))
     layout = schema.Layout(
         shapes={hook: schema.row_shape(hook, model.config) for hook in hooks},
@@ -119,6 +125,7 @@ def prepared(config: CaptureConfig) -> Request:
     )
     return Request(
         config=config,
+        first=first,
         model=model,
         directory=directory,
         tokenizer=tokenizer,
@@ -221,10 +228,19 @@ def forward_of(model: HookedMDLM, hooks: Sequence[str], config: CaptureConfig) -
     return Forward(model, hooks, together=config.pack == "blocks")
 
 
-def _write(place: Place, request: Request, manifest: manifests.Manifest, progress: bool) -> int:
+def rows_per_second(forward: Forward, batch: Batch) -> float:
+    """Speed of the forward pass on one batch, the second time: the first one prepares the machine."""
+    forward(batch, check=True)
+    start = perf_counter()
+    forward(batch, check=False)
+    return (batch.stop - batch.start) / (perf_counter() - start)
+
+
+def _write(
+    place: Place, request: Request, forward: Forward, manifest: manifests.Manifest, progress: bool
+) -> int:
     """Run and commit what this rank has not committed yet; rows of the whole store."""
     config, layout = request.config, request.layout
-    forward = forward_of(request.model, list(layout.shapes), config)
     resume = manifest.shards[-1].resume if manifest.shards else None
     rows = 0
     with (

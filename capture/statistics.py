@@ -1,17 +1,19 @@
 """Mean and mean square of activations, by masked or not and by part of [0, 1] in t.
 
-1. The rows of a shard are taken a sequence at a time: its masked rows are added up one after another, and
-   its unmasked ones, in float64.
+1. The rows of a shard are taken a sequence at a time: sums over its masked rows and over its unmasked ones, in
+   float64, of pieces that depend on the sequence alone.
 2. These sums are added, sequence after sequence, to those of the shard; the shards' sums, shard after shard,
    to those of the store.
 
-So the same rows give the same bits whatever the batch size, the rank or an interruption.
+So on one machine the same rows give the same bits whatever the batch size, the rank or an interruption; on
+another, sums of float64 may differ in their last bits.
 """
 
 # Axes: row, is_masked (no, yes), t_bin, then the axes of one row
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,7 +29,8 @@ from capture.schema import T_BINS
 from mdlm_interp.shapes import Float64
 
 PIECE_ROWS = 256
-"""Rows that are converted to float64 at a time: they stay in the processor's cache."""
+PIECE_BYTES = 2**21
+"""Rows that are converted to float64 at a time, at most: they should stay in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,8 @@ class RunningMoments:
         """Rows of each group [is_masked * T_BINS + t_bin]."""
         self.total = np.zeros((groups, prod(shape)))
         """Sum of the rows of each group, flattened."""
-        self.square = np.zeros((groups, prod(shape)))
-        """Sum of their squares."""
+        self.square = np.zeros(groups)
+        """Sum of the squares of all their values."""
 
     def add(
         self,
@@ -104,7 +107,7 @@ class RunningMoments:
         shape = (2, T_BINS)
         with np.errstate(invalid="ignore"):
             mean = self.total / self.count[:, None]
-            mean_square = self.square.mean(axis=1) / self.count
+            mean_square = self.square / (self.total.shape[1] * self.count)
         return {
             "count": self.count.reshape(shape).copy(),
             "mean": mean.reshape(*shape, *self._shape),
@@ -112,18 +115,26 @@ class RunningMoments:
         }
 
     def _add_sequence(self, acts: NDArray[np.float32], is_masked: NDArray[np.bool_], t: float) -> None:
-        t_bin = min(int(t * T_BINS), T_BINS - 1)
+        size = self.total.shape[1]
+        groups = [min(int(t * T_BINS), T_BINS - 1) + masked * T_BINS for masked in (0, 1)]
         member = np.stack([~is_masked, is_masked]).astype(np.float64)
-        for start in range(0, len(acts), PIECE_ROWS):
-            piece = acts[start : start + PIECE_ROWS].reshape(-1, self.total.shape[1]).astype(np.float64)
-            weight = member[:, start : start + PIECE_ROWS]
-            # einsum adds row after row in each column, so no blocking that depends on the machine enters,
-            # and weights of 0 and 1 leave every term exact, whether multiply and add are fused or not.
-            sums = np.einsum("gr,rd->gd", weight, piece)
-            np.multiply(piece, piece, out=piece)
-            squares = np.einsum("gr,rd->gd", weight, piece)
-            for masked in (0, 1):
-                group = masked * T_BINS + t_bin
-                self.count[group] += weight[masked].sum()
-                self.total[group] += sums[masked]
-                self.square[group] += squares[masked]
+        self.count[groups] += member.sum(axis=1)
+        scratch = _scratch(size)
+        for start in range(0, len(acts), len(scratch)):
+            weight = member[:, start : start + len(scratch)]
+            piece = scratch[: weight.shape[1]]
+            np.copyto(piece, acts[start : start + len(scratch)].reshape(-1, size))
+            # A product with zeros and ones is the sum over each group, at the speed of BLAS.
+            self.total[groups] += weight @ piece
+            self.square[groups] += weight @ np.einsum("rd,rd->r", piece, piece)
+
+
+_kept = threading.local()
+
+
+def _scratch(size: int) -> NDArray[np.float64]:
+    """Memory for rows of that size in float64, used again by the same thread."""
+    found: NDArray[np.float64] | None = getattr(_kept, "scratch", None)
+    if found is None or found.shape[1] != size:
+        found = _kept.scratch = np.empty((max(1, min(PIECE_ROWS, PIECE_BYTES // (8 * size))), size))
+    return found

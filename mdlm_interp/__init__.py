@@ -5,8 +5,9 @@ Names are loaded when first used, so that importing the package costs nothing.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mdlm_interp.lazy_exports import lazily
 
 if TYPE_CHECKING:
     from mdlm_interp.arithmetic import NativeArithmetic
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
     from mdlm_interp.hooks import ActivationCache
     from mdlm_interp.model import HookedMDLM
     from mdlm_interp.tokenizers import load_tokenizer
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "HookedMDLM": "mdlm_interp.model",
+            "MDLMConfig": "mdlm_interp.config",
+            "NativeArithmetic": "mdlm_interp.arithmetic",
+            "ActivationCache": "mdlm_interp.hooks",
+            "export_hf": "mdlm_interp.hf",
+            "load_tokenizer": "mdlm_interp.tokenizers",
+        },
+    )
 
 __version__ = "0.1.0"
 
@@ -27,22 +40,3 @@ __all__ = [
     "load_tokenizer",
     "__version__",
 ]
-
-_HOMES = {
-    "HookedMDLM": "mdlm_interp.model",
-    "MDLMConfig": "mdlm_interp.config",
-    "NativeArithmetic": "mdlm_interp.arithmetic",
-    "ActivationCache": "mdlm_interp.hooks",
-    "export_hf": "mdlm_interp.hf",
-    "load_tokenizer": "mdlm_interp.tokenizers",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ reader of our output went away; anything else is a bug and shows its traceback.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import select
@@ -41,6 +42,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "capture run": ("capture.commands:run", "record activations over text into a Zarr store"),
     "capture info": ("capture.commands:info", "what a store holds"),
+    "capture verify": ("capture.commands:verify", "check every byte of a store and recompute some of it"),
+    "capture export": ("capture.export_command:export", "write a store as HDF5 or safetensors"),
     "clt train": ("transcoder.commands:train", "train a cross-layer transcoder on a store"),
     "clt eval": ("transcoder.commands:evaluate", "measure a transcoder: fvu, l0, loss recovered"),
 }
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " ".join(arguments[: 2 if arguments and arguments[0] in _groups() else 1])
     prog = f"{PROG} {name}" if name in COMMANDS else PROG
     try:
-        with _sigterm_as_interrupt():
+        with _sigterm_as_interrupt(), _anything_printable():
             code = _dispatch(name, arguments)
             sys.stdout.flush()
             return code
@@ -134,6 +137,21 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _anything_printable() -> Iterator[None]:
+    """Write what the terminal's encoding lacks as escapes: a model may predict any character."""
+    output = sys.stdout
+    if not isinstance(output, io.TextIOWrapper):
+        yield
+        return
+    before = output.errors
+    output.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        output.reconfigure(errors=before)
 
 
 def _reader_is_gone() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -20,14 +19,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mdlm_interp.arithmetic import Arithmetic
+from mdlm_interp.atomic_files import replacing
 from mdlm_interp.config import MDLMConfig
+from mdlm_interp.devices import usable_device
 from mdlm_interp.errors import CheckpointError, OutputExistsError, nearest
 from mdlm_interp.model import HookedMDLM
 
 BUNDLED = "bundled"
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = (CONFIG, "*.safetensors", INDEX, "tokenizer*.json", "vocab.json", "merges.txt")
+"""What is downloaded of a repository: neither pickles nor code."""
+
 SHA256_CHUNK_BYTES = 1 << 22
 
 PUBLISHED_SHA256 = {
@@ -59,7 +64,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
             )
         return bundled_directory()
     directory = Path(source)
-    if directory.is_dir():
+    if directory.is_dir() and source != "":  # which Path takes for the working directory
         if revision is not None:
             raise CheckpointError(
                 f"revision {revision!r} was given, but {directory} is a local directory; drop it"
@@ -75,22 +80,10 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from mdlm_interp.hub import fetch
 
     revision = revision or DEFAULT_REVISION.get(repository)
-    patterns = ["config.json", "*.safetensors", INDEX, "tokenizer*.json", "vocab.json", "merges.txt"]
-    try:
-        directory = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{repository!r} is not in the local cache and could not be downloaded "
-            f"(offline, or HF_HUB_OFFLINE is set); fetch it once on a connected machine, "
-            f"or pass a directory or 'bundled'"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{repository!r} could not be downloaded: {reason}") from None
+    directory = fetch(repository, revision, HUB_FILES)
     expected = PUBLISHED_SHA256.get((repository, revision or ""))
     if expected is not None:
         verify_sha256(directory / WEIGHTS, expected)
@@ -128,8 +121,9 @@ def load_model(
     """See `HookedMDLM.from_pretrained`."""
     if not dtype.is_floating_point:
         raise CheckpointError(f"dtype must be a floating point type, got {dtype}")
+    place = usable_device(device)
     directory = resolve_source(source, revision)
-    config = MDLMConfig.from_json(directory / "config.json")
+    config = MDLMConfig.from_json(directory / CONFIG)
     with torch.device("meta"):
         model = HookedMDLM(config, arithmetic)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -144,7 +138,7 @@ def load_model(
             low = dtype in (torch.float16, torch.bfloat16)
             # The rotary frequencies stay float32 in a half-precision model; see layers.Rotary.
             kind = torch.float32 if low and name.endswith("inv_freq") else dtype
-            state[name] = tensor.to(device=device, dtype=kind)
+            state[name] = tensor.to(device=place, dtype=kind)
     missing = [name for name in expected if name not in state]
     if missing:
         raise CheckpointError(
@@ -227,29 +221,29 @@ def check_tensor(
 def save_model(model: HookedMDLM, directory: Path) -> None:
     """Write config.json and model.safetensors (float32, upstream's names); never over an existing model.
 
-    The weights are complete before they get their name, so an interrupted save leaves no half file.
+    Each file is whole and on disk before it gets its name, and the weights come last: a save that fails or
+    is interrupted leaves no model, and can be repeated.
+
+    Raises:
+        OutputExistsError: If the directory holds a model; nothing is written then.
+        WriteError: If the disk is full, read-only or failing.
     """
-    config = json.dumps(model.config.to_mapping(), indent=2) + "\n"
-    settled = directory / "config.json"
+    config = (json.dumps(model.config.to_mapping(), indent=2) + "\n").encode()
+    settled = directory / CONFIG
     # An interrupted save leaves its own config.json for the next attempt; another's may not be lost.
     present = [directory / name for name in (WEIGHTS, INDEX) if (directory / name).exists()]
-    if settled.exists() and settled.read_bytes() != config.encode():
+    if settled.exists() and settled.read_bytes() != config:
         present.append(settled)
     if present:
         raise OutputExistsError(f"{present[0]} exists; save to another directory or remove it first")
-    directory.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    settled.write_bytes(config.encode())
-    partial = directory / (WEIGHTS + ".partial")
-    # safetensors makes its files private to their owner; a published model should be as readable as any file.
-    partial.touch()
-    mode = partial.stat().st_mode
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.chmod(mode)
-    os.replace(partial, directory / WEIGHTS)
+    with replacing(settled) as partial:
+        partial.write_bytes(config)
+    with replacing(directory / WEIGHTS) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
 
 
 def weights_sha256(model_directory: Path) -> str:

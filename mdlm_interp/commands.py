@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +16,7 @@ from mdlm_interp.config_args import parse_args
 from mdlm_interp.decoding import ancestral_sample
 from mdlm_interp.documents import read_documents, token_blocks
 from mdlm_interp.errors import ConfigError, DataError
-from mdlm_interp.evaluation import N_TIME_BINS, nelbo
+from mdlm_interp.evaluation import N_TIME_BINS, Nelbo, nelbo, pooled
 from mdlm_interp.filling import check_fits, encode_prompt, fill_masks
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
@@ -34,24 +35,35 @@ class ModelChoice:
 
     def load(self) -> tuple[HookedMDLM, Tokenizer]:
         """The model and its tokenizer, which must fit each other."""
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise ConfigError(f"device must be cpu, cuda or the like, got {self.device!r}") from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                f"device {self.device!r} was asked for, but torch finds no CUDA device; use cpu"
-            )
-        model = HookedMDLM.from_pretrained(self.model, device=device)
-        tokenizer = load_tokenizer(self.tokenizer or self.model)
-        check_fits(tokenizer, model)
-        return model, tokenizer
+        return load_pair(self.model, self.tokenizer, self.device)
+
+
+def load_pair(source: str, tokenizer_source: str | None, device: str = "cpu") -> tuple[HookedMDLM, Tokenizer]:
+    """A model and a tokenizer that fits it: its own, unless another source is given."""
+    model = HookedMDLM.from_pretrained(source, device=device)
+    tokenizer = load_tokenizer(source if tokenizer_source is None else tokenizer_source)
+    check_fits(tokenizer, model)
+    return model, tokenizer
+
+
+def sequence_length(given: int | None, shortest: int, model: HookedMDLM) -> int:
+    """Tokens in a sequence: as given, or the model's context if none."""
+    context = model.config.model_length
+    if given is None:
+        return context
+    if not shortest <= given <= context:
+        raise ConfigError(
+            f"length must be in [{shortest}, {context}], the model's context, or none for all of it; got {given}"
+        )
+    return given
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoConfig(ModelChoice):
+class InfoConfig:
     """Describe a model: shape, parameters, weights' hash, hook points."""
 
+    model: str = "bundled"
+    """Model directory, Hugging Face repository id, or "bundled"."""
     hooks: bool = False
     """List every hook point."""
 
@@ -59,8 +71,8 @@ class InfoConfig(ModelChoice):
 def info(argv: list[str]) -> int:
     """`mdlm-interp info [MODEL]`."""
     config = parse_args(InfoConfig, argv, prog="mdlm-interp info", positional=("model",))
-    model = HookedMDLM.from_pretrained(config.model)
     directory = resolve_source(config.model)
+    model = HookedMDLM.from_pretrained(directory)
     lines = [
         f"{key:18} {value}" for key, value in model.config.to_mapping().items() if key != "architectures"
     ]
@@ -112,29 +124,41 @@ class SampleConfig(ModelChoice):
     """Divides the log-probabilities; 0 takes the most probable token."""
     seed: int = 0
     """Key of all draws: the same seed gives the same text."""
+    batch_size: int = 16
+    """Samples that are denoised together."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def sample(argv: list[str]) -> int:
     """`mdlm-interp sample [PROMPT]`."""
     config = parse_args(SampleConfig, argv, prog="mdlm-interp sample", positional=("prompt",))
-    if config.n < 1:
-        raise ConfigError(f"n must be at least 1, got {config.n}")
     model, tokenizer = config.load()
-    length = config.length or model.config.model_length
-    if not 1 <= length <= model.config.model_length:
-        raise ConfigError(
-            f"length must be in [1, {model.config.model_length}], the model's context; got {length}"
-        )
-    start = torch.full((config.n, length), model.config.mask_id)
+    length = sequence_length(config.length, 1, model)
+    start = torch.full((1, length), model.config.mask_id)
     if config.prompt:
         prompt = encode_prompt(model, tokenizer, config.prompt)
         if prompt.shape[1] > length:
             raise DataError(f"the prompt has {prompt.shape[1]} tokens, a sample {length}; raise length")
         start[:, : prompt.shape[1]] = prompt
-    ids = ancestral_sample(
-        model, start, steps=config.steps, seed=config.seed, temperature=config.temperature, progress=True
-    )
-    print("\n---\n".join(tokenizer.decode(row) for row in ids.tolist()))
+    for first in range(0, config.n, config.batch_size):
+        numbers = range(first, min(first + config.batch_size, config.n))
+        ids = ancestral_sample(
+            model,
+            start.expand(len(numbers), -1),
+            steps=config.steps,
+            seed=config.seed,
+            temperature=config.temperature,
+            indices=numbers,
+            progress=True,
+        )
+        for number, row in zip(numbers, ids.tolist(), strict=True):
+            if number > 0:
+                print("---")
+            print(tokenizer.decode(row), flush=True)
     return 0
 
 
@@ -143,13 +167,13 @@ class PerplexityConfig(ModelChoice):
     """Estimate the perplexity bound of text files."""
 
     files: tuple[Path, ...]
-    """Text files (.txt, .jsonl, .parquet)."""
+    """Text files (.txt, .jsonl, .parquet); of several, each is reported and then all together."""
     length: int | None = None
     """Tokens in a sequence; the model's context if none."""
     wrap: bool = True
     """Put <|endoftext|> around each sequence, as upstream does."""
     max_sequences: int | None = None
-    """Stop after this many sequences; all if none."""
+    """Take at most this many sequences of each file; all if none."""
     times: int = 4
     """Noise levels for each sequence, stratified."""
     batch_size: int = 32
@@ -157,44 +181,84 @@ class PerplexityConfig(ModelChoice):
     seed: int = 0
     """Key of times and masks."""
 
+    def __post_init__(self) -> None:
+        for name in ("times", "batch_size", "max_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
 
 def ppl(argv: list[str]) -> int:
     """`mdlm-interp ppl FILES...`."""
     config = parse_args(PerplexityConfig, argv, prog="mdlm-interp ppl", positional=("files",))
-    for name in ("times", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
     if not config.files:
         raise ConfigError("ppl needs at least one text file")
     model, tokenizer = config.load()
-    length = config.length or model.config.model_length
-    if not 3 <= length <= model.config.model_length:
-        raise ConfigError(
-            f"length must be in [3, {model.config.model_length}], the model's context; got {length}"
+    length = sequence_length(config.length, 3 if config.wrap else 1, model)
+    texts = [_sequences(file, tokenizer, length, config) for file in config.files]
+    sizes = [tokenizer.count_bytes(x_0.flatten().tolist()) for x_0 in texts]
+    bounds: list[Nelbo] = []
+    for file, x_0, n_bytes in zip(config.files, texts, sizes, strict=True):
+        bound = nelbo(
+            model,
+            x_0,
+            seed=config.seed,
+            first=sum(earlier.n_sequences for earlier in bounds),
+            times_per_sequence=config.times,
+            batch_size=config.batch_size,
+            progress=True,
         )
-    blocks = token_blocks(read_documents(config.files), tokenizer, length, wrap=config.wrap)
-    rows = [block.ids for block in islice(blocks, config.max_sequences)]
-    if not rows:
-        raise DataError(f"the text is shorter than one sequence of {length} tokens; lower length")
-    x_0 = torch.from_numpy(np.stack(rows))
-    bound = nelbo(
-        model,
-        x_0,
-        seed=config.seed,
-        times_per_sequence=config.times,
-        batch_size=config.batch_size,
-        progress=True,
-    )
-    n_bytes = tokenizer.count_bytes(x_0.flatten().tolist())
-    print(f"perplexity      <= {bound.perplexity:.3f}")
-    print(f"nats per token  <= {bound.nats_per_token:.4f} +- {bound.standard_error:.4f}")
-    print(f"bits per byte   <= {bound.bits_per_byte(n_bytes):.4f}")
-    print(f"over {bound.n_sequences:,} sequences of {length} tokens ({n_bytes:,} bytes)")
+        bounds.append(bound)
+        if len(texts) > 1:
+            figures = ", ".join(f"{name} <= {value}" for name, value in _figures(bound, n_bytes).items())
+            print(f"{file}: {figures}, over {_counted(bound.n_sequences)}")
+    bound = pooled(bounds)
+    if len(texts) > 1:
+        print(f"all {len(texts)} files together:")
+    for name, value in _figures(bound, sum(sizes)).items():
+        print(f"{name:15} <= {value}")
+    print(f"over {_counted(bound.n_sequences)} of {length} tokens ({sum(sizes):,} bytes)")
     print(f"estimator: continuous-time bound, {config.times} stratified times a sequence, t in [0.001, 1]")
     print("cross-entropy at masked positions by t (nats):")
-    for number, value in enumerate(bound.by_time):
-        print(f"  [{number / N_TIME_BINS:.1f}, {(number + 1) / N_TIME_BINS:.1f})  {value:.3f}")
+    for number, (nats, count) in enumerate(zip(bound.by_time, bound.masked_by_time, strict=True)):
+        shown = f"{nats:.3f}" if count else "no token was masked at these t"
+        print(f"  [{number / N_TIME_BINS:.1f}, {(number + 1) / N_TIME_BINS:.1f})  {shown}")
     return 0
+
+
+def _sequences(file: Path, tokenizer: Tokenizer, length: int, config: PerplexityConfig) -> torch.Tensor:
+    """Token blocks of one file [sequence pos]."""
+    blocks = token_blocks(read_documents([file]), tokenizer, length, wrap=config.wrap)
+    rows = [block.ids for block in islice(blocks, config.max_sequences)]
+    if not rows:
+        raise DataError(
+            f"{file} is shorter than one sequence of {length} tokens; lower length or leave it out"
+        )
+    return torch.from_numpy(np.stack(rows))
+
+
+def _counted(sequences: int) -> str:
+    return f"{sequences:,} sequence{'s' * (sequences > 1)}"
+
+
+def _figures(bound: Nelbo, n_bytes: int) -> dict[str, str]:
+    """The bound in three units, with what can be said about its error."""
+    perplexity = bound.perplexity
+    if math.isinf(perplexity) and math.isfinite(bound.nats_per_token):
+        shown = "exp of the nats per token, more than float64 holds"
+    else:
+        shown = f"{perplexity:.3f}" if perplexity < 1e9 else f"{perplexity:.4g}"
+    if bound.n_sequences == 1:
+        error = "(no standard error: that takes two sequences)"
+    elif math.isfinite(bound.standard_error):
+        error = f"+- {bound.standard_error:.4f}"
+    else:
+        error = "(no standard error: the bound is not finite)"
+    return {
+        "perplexity": shown,
+        "nats per token": f"{bound.nats_per_token:.4f} {error}",
+        "bits per byte": f"{bound.bits_per_byte(n_bytes):.4f}",
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +266,7 @@ class ExportConfig:
     """Write a folder that transformers loads with trust_remote_code=True, without this package."""
 
     out: Path
-    """Directory to write; it must not hold a model."""
+    """Directory to write; it must not exist, or be empty."""
     model: str = "bundled"
     """Model directory, Hugging Face repository id, or "bundled"."""
     tokenizer: str | None = None
@@ -214,9 +278,7 @@ def export_hf(argv: list[str]) -> int:
     from mdlm_interp.hf import export_hf as export
 
     config = parse_args(ExportConfig, argv, prog="mdlm-interp export-hf", positional=("out",))
-    model = HookedMDLM.from_pretrained(config.model)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    check_fits(tokenizer, model)
+    model, tokenizer = load_pair(config.model, config.tokenizer)
     export(model, config.out, tokenizer)
     sys.stdout.write(
         f"{config.out}: load it with AutoModelForMaskedLM.from_pretrained(..., trust_remote_code=True)\n"

@@ -17,7 +17,7 @@ from dataclasses import MISSING
 from typing import Any, TypeVar, get_origin
 
 from mdlm_interp.config_fields import Leaf, field_docs, leaves, option_name, shown, type_name, without_none
-from mdlm_interp.config_files import COMMAND_LINE, Override, from_mapping, lay_over, load_config
+from mdlm_interp.config_files import COMMAND_LINE, FLAG_WORDS, Override, from_mapping, lay_over, load_config
 from mdlm_interp.errors import ConfigError, nearest
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def _split(argv: Sequence[str], known: Mapping[str, Leaf]) -> tuple[dict[str, Ov
             overrides[key] = "false"
         elif equals:
             overrides[key] = value
-        elif flag and not (queue and queue[0].lower() in ("true", "false", "none")):
+        elif flag and not (queue and queue[0].lower() in (*FLAG_WORDS, "none")):
             overrides[key] = "true"
         elif not queue or queue[0].startswith("--"):
             expected = type_name(known[key].annotation)
@@ -107,6 +107,8 @@ def _key(argument: str, written: str, known: Mapping[str, Leaf]) -> tuple[str, b
         if positive != key and positive in known and _is_flag(known[positive]):
             return positive, True
     near = nearest(written, map(option_name, known), prefix="--")
+    if not argument.startswith("--"):
+        near += "; text that begins with - goes after a bare --"
     raise ConfigError(f"{COMMAND_LINE}: unknown option {argument.partition('=')[0]}{near}")
 
 

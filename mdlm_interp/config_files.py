@@ -36,6 +36,9 @@ T = TypeVar("T")
 Override = str | tuple[str, ...]
 """Text for a field; a tuple gives the items of a tuple field one by one, commas and all."""
 
+FLAG_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""What a yes-or-no option takes; the same words as in YAML."""
+
 COMMAND_LINE = "command line"
 """The source that errors name for what no file holds."""
 
@@ -206,7 +209,7 @@ def _from_text(annotation: Any, text: Override, place: _Place) -> object:
         return {shown(choice): choice for choice in get_args(inner)}.get(text, text)
     try:
         if inner is bool:
-            return {"true": True, "false": False}[text.lower()]
+            return FLAG_WORDS[text.lower()]
         return inner(text) if inner in (int, float) else text
     except (KeyError, ValueError):
         raise ConfigError(f"{place}: expected {type_name(annotation)}, got {text!r}") from None

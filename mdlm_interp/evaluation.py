@@ -10,7 +10,7 @@ expectation; the standard error is that of the mean over sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +33,21 @@ class Nelbo:
 
     nats_per_token: float
     standard_error: float
-    """Of nats_per_token, over sequences."""
+    """Of nats_per_token, over sequences; nan for one sequence, which has no spread."""
     n_sequences: int
     n_tokens: int
     by_time: tuple[float, ...]
     """Mean cross-entropy in nats per masked token, in ten equal bins of t; nan where a bin is empty."""
+    masked_by_time: tuple[int, ...] = ()
+    """Masked tokens that each of those means is over."""
 
     @property
     def perplexity(self) -> float:
-        """exp of the bound per token."""
-        return math.exp(self.nats_per_token)
+        """exp of the bound per token; inf where that is beyond float64."""
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
 
     def bits_per_byte(self, n_bytes: int) -> float:
         """Bits per byte of text, for the bytes that the evaluated tokens stand for."""
@@ -54,6 +59,7 @@ def nelbo(
     x_0: Int64[Tensor, "batch pos"],
     *,
     seed: int = 0,
+    first: int = 0,
     times_per_sequence: int = 4,
     batch_size: int = 32,
     predict: Predict | None = None,
@@ -64,16 +70,20 @@ def nelbo(
     Args:
         x_0: Clean sequences; every position counts.
         seed: Key of times and masks: the same seed corrupts the same way for every model compared.
+        first: Number of the first sequence, where these continue others: each number draws its own times and
+            masks, so that the errors of estimates which are pooled are independent.
         predict: What gives the logits, if not the model itself: a replacement model, say.
         progress: Show a bar on a terminal.
     """
     predict = predict or model
     schedule, mask_id = LogLinearSchedule(), model.config.mask_id
-    draws = [row * times_per_sequence + k for row in range(x_0.shape[0]) for k in range(times_per_sequence)]
+    rows = [row for row in range(x_0.shape[0]) for _ in range(times_per_sequence)]
+    draws = range(first * times_per_sequence, (first + x_0.shape[0]) * times_per_sequence)
     # Consecutive draws spread evenly over t, so a sequence's own times are stratified too.
     times = sequence_times(seed, draws)
     per_draw: list[Tensor] = []
-    entropy_sum, masked_count = torch.zeros(N_TIME_BINS), torch.zeros(N_TIME_BINS)
+    entropy_sum = torch.zeros(N_TIME_BINS)
+    masked_count = torch.zeros(N_TIME_BINS, dtype=torch.int64)
     with (
         torch.inference_mode(),
         tqdm(total=len(draws), desc="bound", unit="seq", disable=None if progress else True) as bar,
@@ -81,14 +91,14 @@ def nelbo(
         for start in range(0, len(draws), batch_size):
             chosen = draws[start : start + batch_size]
             t = times[start : start + batch_size]
-            clean = x_0[[draw // times_per_sequence for draw in chosen]]
+            clean = x_0[rows[start : start + batch_size]]
             noised = corrupt(clean, schedule.move_chance(t), mask_id, seed=seed, indices=chosen)
             logits = predict(noised.to(model.device), schedule.sigma(t).float().to(model.device)).cpu()
             losses = nelbo_per_token(logits.float(), clean, noised, t, mask_id).double()
             per_draw.append(losses.mean(1))
             bins = (t * N_TIME_BINS).long().clamp(max=N_TIME_BINS - 1)
             entropy_sum.index_add_(0, bins, (losses.sum(1) * t).float())
-            masked_count.index_add_(0, bins, (noised == mask_id).sum(1).float())
+            masked_count.index_add_(0, bins, (noised == mask_id).sum(1))
             bar.update(len(chosen))
     per_sequence = torch.cat(per_draw).reshape(x_0.shape[0], times_per_sequence).mean(1)
     spread = float(per_sequence.std()) / math.sqrt(len(per_sequence)) if len(per_sequence) > 1 else math.nan
@@ -98,4 +108,34 @@ def nelbo(
         n_sequences=x_0.shape[0],
         n_tokens=x_0.numel(),
         by_time=tuple((entropy_sum / masked_count).tolist()),
+        masked_by_time=tuple(masked_count.tolist()),
+    )
+
+
+def pooled(bounds: Sequence[Nelbo]) -> Nelbo:
+    """The bound over the sequences of several estimates together.
+
+    The sequences all have the same length, and their own numbers (see `nelbo`'s `first`).
+    """
+    count = sum(bound.n_sequences for bound in bounds)
+    mean = sum(bound.n_sequences * bound.nats_per_token for bound in bounds) / count
+    squares = 0.0  # of each sequence's distance from the mean of all
+    for bound in bounds:
+        n = bound.n_sequences
+        squares += n * (bound.nats_per_token - mean) ** 2
+        if n > 1:
+            squares += n * (n - 1) * bound.standard_error**2
+    masked = [sum(counts) for counts in zip(*(bound.masked_by_time for bound in bounds), strict=True)]
+    by_time = [math.nan] * len(masked)
+    for i, total in enumerate(masked):
+        if total:
+            shares = [(bound.masked_by_time[i] / total, bound.by_time[i]) for bound in bounds]
+            by_time[i] = sum(share * value for share, value in shares if share)
+    return Nelbo(
+        nats_per_token=mean,
+        standard_error=math.sqrt(squares / (count - 1) / count) if count > 1 else math.nan,
+        n_sequences=count,
+        n_tokens=sum(bound.n_tokens for bound in bounds),
+        by_time=tuple(by_time),
+        masked_by_time=tuple(masked),
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import TypeAlias
 
 import torch
@@ -26,6 +27,9 @@ from mdlm_interp.errors import HookError, nearest
 
 HookFunction: TypeAlias = "Callable[[Tensor, HookPoint], Tensor | None]"
 NameSelection: TypeAlias = "str | Iterable[str] | Callable[[str], bool] | None"
+
+EXAMPLE = "model.hooks({'blocks.0.hook_mlp_out': lambda tensor, hook: 0 * tensor})"
+"""What an error about hooks shows as the right way."""
 
 
 class _Listener:
@@ -126,11 +130,44 @@ def select_names(selection: NameSelection, known: Sequence[str]) -> list[str]:
         raise HookError("no hook point was named; pass None for all of them")
     chosen_set: set[str] = set()
     for pattern in patterns:
+        check_name(pattern)
         matched = {name for name in known if fnmatchcase(name, pattern)}
         if not matched:
             raise HookError(f"no hook point matches {pattern!r}{nearest(pattern, known)}")
         chosen_set |= matched
     return [name for name in known if name in chosen_set]
+
+
+def check_function(function: object, name: str) -> None:
+    """Raise HookError unless something can be called as a hook is: with the tensor and the hook point."""
+    if not callable(function):
+        raise HookError(
+            f"the hook for {name!r} must be a function or several, got {_kind(function)}; write {EXAMPLE}"
+        )
+    try:
+        taken = signature(function)
+    except (ValueError, TypeError):  # some built-in functions do not say what they take
+        return
+    try:
+        taken.bind(None, None)
+    except TypeError:
+        called = getattr(function, "__name__", type(function).__name__)
+        raise HookError(
+            f"the hook for {name!r} is called with two arguments, the tensor and the hook point, "
+            f"got {called}{taken}; write {EXAMPLE}"
+        ) from None
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def check_name(name: object) -> None:
+    """Raise HookError unless it is text, as every name and glob is."""
+    if not isinstance(name, str):
+        raise HookError(
+            f"a hook point is named by text such as 'hook_embed' or '*.hook_mlp_out', got {name!r}"
+        )
 
 
 class HookRegistry:
@@ -153,15 +190,24 @@ class HookRegistry:
         Raises:
             HookError: If a name matches nothing, before anything is installed.
         """
+        if not isinstance(functions, Mapping):
+            raise HookError(
+                f"hooks must map hook names or globs to functions, got {_kind(functions)}; write {EXAMPLE}"
+            )
         plan: list[tuple[HookPoint, _Listener]] = []
+        checked: set[int] = set()
         for pattern, given in functions.items():
-            for name in select_names(pattern, self.names):
-                for function in given if isinstance(given, Sequence) else [given]:
-                    if not callable(function):
-                        raise HookError(
-                            f"the hook for {pattern!r} must be callable, got {type(function).__name__}"
-                        )
-                    plan.append((self.points[name], _Listener(function, read_only)))
+            check_name(pattern)
+            # A cache of everything installs one function by hundreds of full names: no search, and one check.
+            names = [pattern] if pattern in self.points else select_names(pattern, self.names)
+            chosen = given if isinstance(given, Sequence) else [given]
+            for function in chosen:
+                if id(function) not in checked:
+                    check_function(function, pattern)
+                    checked.add(id(function))
+            plan += [
+                (self.points[name], _Listener(function, read_only)) for name in names for function in chosen
+            ]
         try:
             for point, listener in plan:
                 point.listeners.append(listener)

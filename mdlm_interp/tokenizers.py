@@ -7,6 +7,7 @@ Text is always taken literally: "<|endoftext|>" inside a document is encoded as 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -14,6 +15,7 @@ from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex
 
+from mdlm_interp.atomic_files import replacing
 from mdlm_interp.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ MASK = "[MASK]"
 
 GPT2 = "openai-community/gpt2"
 """The repository of the tokenizer that published MDLMs were trained with."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -68,14 +72,26 @@ class Tokenizer:
         return lengths
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text taken literally."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        """Ids of a text taken literally.
+
+        Raises:
+            DataError: If the text holds half a surrogate pair, as one does that was read from other bytes
+                than UTF-8.
+        """
+        try:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            _check_unicode([text])
+            raise
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts; faster than one at a time."""
-        return [
-            list(coded.ids) for coded in self._backend.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        try:
+            coded = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        except TypeError:
+            _check_unicode(texts)
+            raise
+        return [list(one.ids) for one in coded]
 
     def encode_with_masks(self, text: str) -> list[int]:
         """Ids of a text in which each "[MASK]" is the mask token; one space before it belongs to the mask."""
@@ -116,7 +132,19 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json."""
-        self._backend.save(str(directory / "tokenizer.json"))
+        with replacing(directory / "tokenizer.json") as partial:
+            # Not the library's own `save`, which takes no path that is not UTF-8.
+            partial.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+
+
+def _check_unicode(texts: Sequence[str]) -> None:
+    for text in texts:
+        found = _SURROGATE.search(text)
+        if found is not None:
+            raise DataError(
+                f"the text is not Unicode: its character {found.start()} is {found[0]!r}, which stands for a "
+                f"byte that was not UTF-8 or for half a character; convert the text to UTF-8 first"
+            )
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:

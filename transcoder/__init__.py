@@ -5,8 +5,9 @@ Names are loaded when first used, so that importing the package costs nothing.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mdlm_interp.lazy_exports import lazily
 
 if TYPE_CHECKING:
     from transcoder.config import CLTRunConfig, TrainConfig, TranscoderConfig
@@ -14,6 +15,19 @@ if TYPE_CHECKING:
     from transcoder.model import CrossLayerTranscoder
     from transcoder.replacement import ReplacementModel
     from transcoder.run import train
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "CrossLayerTranscoder": "transcoder.model",
+            "TranscoderConfig": "transcoder.config",
+            "TrainConfig": "transcoder.config",
+            "CLTRunConfig": "transcoder.config",
+            "train": "transcoder.run",
+            "evaluate": "transcoder.evaluation",
+            "ReplacementModel": "transcoder.replacement",
+        },
+    )
 
 __all__ = [
     "CrossLayerTranscoder",
@@ -24,23 +38,3 @@ __all__ = [
     "evaluate",
     "ReplacementModel",
 ]
-
-_HOMES = {
-    "CrossLayerTranscoder": "transcoder.model",
-    "TranscoderConfig": "transcoder.config",
-    "TrainConfig": "transcoder.config",
-    "CLTRunConfig": "transcoder.config",
-    "train": "transcoder.run",
-    "evaluate": "transcoder.evaluation",
-    "ReplacementModel": "transcoder.replacement",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

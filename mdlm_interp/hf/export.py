@@ -1,22 +1,20 @@
 """A model folder that transformers loads with `trust_remote_code=True`, this package not needed.
 
-1. Everything is written to a hidden folder inside the destination.
-2. When it is complete, the files are moved into place, the weights last.
+The folder gets its name when all of it is on disk: there is no half export.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from mdlm_interp.checkpoints import INDEX, WEIGHTS, save_model
-from mdlm_interp.errors import CheckpointError, OutputExistsError
+from mdlm_interp.atomic_files import replacing_directory
+from mdlm_interp.checkpoints import CONFIG, save_model
+from mdlm_interp.errors import CheckpointError
 from mdlm_interp.tokenizers import END_OF_TEXT, MASK, Tokenizer
 
 if TYPE_CHECKING:
@@ -41,37 +39,25 @@ def export_hf(model: HookedMDLM, directory: str | Path, tokenizer: Tokenizer | N
         tokenizer: The one the model was trained with. In the export "[MASK]" in a text is the mask token
             and takes the blanks before it, because a word's own token starts with its leading space.
     Raises:
-        OutputExistsError: If a file of that name is there already; nothing is written then.
+        OutputExistsError: If the directory exists and is not empty; nothing is written then.
         CheckpointError: If the tokenizer's vocabulary is not the model's.
+        WriteError: If the disk is full, read-only or failing.
     """
-    directory = Path(directory)
     config = model.config
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {tokenizer.vocab_size} ids, [MASK] included, the model {config.vocab_size}; "
             f"was it trained with another tokenizer?"
         )
-    names = ["README.md", *CODE, "config.json", WEIGHTS]
-    if tokenizer is not None:
-        names = ["tokenizer.json", "tokenizer_config.json", *names]
-    for name in (*names, INDEX):
-        if (directory / name).exists():
-            raise OutputExistsError(
-                f"{directory / name} exists; export to another directory or remove it first"
-            )
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as name:
-        staged = Path(name)
-        save_model(model, staged)
-        _write_json(staged / "config.json", {**config.to_mapping(), "auto_map": AUTO_MAP})
+    with replacing_directory(directory) as partial:
+        save_model(model, partial)
+        _write_json(partial / CONFIG, {**config.to_mapping(), "auto_map": AUTO_MAP})
         for file in CODE:
             source = resources.files("mdlm_interp.hf").joinpath(file).read_text(encoding="utf-8")
-            (staged / file).write_text(source, encoding="utf-8")
-        (staged / "README.md").write_text(model_card(config, tokenizer is not None), encoding="utf-8")
+            (partial / file).write_text(source, encoding="utf-8")
+        (partial / "README.md").write_text(model_card(config, tokenizer is not None), encoding="utf-8")
         if tokenizer is not None:
-            _write_tokenizer(tokenizer, config, staged)
-        for file in names:
-            os.replace(staged / file, directory / file)
+            _write_tokenizer(tokenizer, config, partial)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

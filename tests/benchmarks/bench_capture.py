@@ -63,9 +63,9 @@ SMOKE = Case(
 CASES = {
     "bundled": Case(
         MDLMConfig(vocab_size=4096, model_length=128, hidden_dim=192, cond_dim=128, n_blocks=5, n_heads=6),
-        batch=16, length=128, batches=64,
+        batch=16, length=128, batches=24,
     ),
-    "full": Case(MDLMConfig(), batch=4, length=1024, batches=8),
+    "full": Case(MDLMConfig(), batch=4, length=1024, batches=4),
 }  # fmt: skip
 
 

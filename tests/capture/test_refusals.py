@@ -108,7 +108,7 @@ def test_a_full_disk_does_not_stop_who_insists(config, monkeypatch):
         ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
         ({"seed": -1}, "seed must be in [0, 2**64), got -1"),
         ({"shard_rows": 100}, "shard_rows must be a multiple of 256, got 100"),
-        ({"times": "fixed"}, "times fixed needs time, such as --time 0.1 0.5 0.9"),
+        ({"times": "fixed"}, "times fixed needs time, such as --time 0.1,0.5,0.9"),
         ({"time": (0.5,)}, "time [0.5] has no effect with times 'low_discrepancy'; set times to 'fixed'"),
         ({"times": "fixed", "time": (0.5, 1.5)}, "time must be in [0, 1], 0 being clean text, got 1.5"),
         ({"times": "fixed", "time": (float("nan"),)}, "time must be in [0, 1], 0 being clean text, got nan"),

@@ -76,16 +76,6 @@ def test_an_unknown_name_is_refused_before_anything_is_installed(model, ids, sig
     assert listening(model) == 0
 
 
-@pytest.mark.parametrize("function", [None, 3, [3]])
-def test_a_hook_that_is_no_function_is_refused(model, function, listening, unchecked):
-    with (
-        pytest.raises(HookError, match="the hook for 'hook_embed' must be callable, got"),
-        model.hooks({"hook_cond": print, "hook_embed": function}),
-    ):
-        pass
-    assert listening(model) == 0
-
-
 def test_cached_tensors_share_no_memory_with_each_other_or_the_stream(model, ids, sigma):
     stream: dict[str, torch.Tensor] = {}
 

@@ -66,10 +66,11 @@ def test_its_best_word_for_a_gap_is_one_that_a_reader_would_choose(model, tokeni
 
 def test_it_beats_the_count_models_on_text_it_has_not_seen(model, tokenizer):
     """Its recorded held-out figures, and here a unigram that was even fitted to the evaluated text itself."""
-    nats = json.loads((bundled_directory() / "training.json").read_text("utf-8"))["held_out"][
-        "nats_per_token"
-    ]
-    assert nats["model"] < nats["bigram"] < nats["unigram"]
+    held_out = json.loads((bundled_directory() / "training.json").read_text("utf-8"))["held_out"]
+    assert list(held_out) == ["wrapped", "bare"]
+    for figures in held_out.values():
+        nats = figures["nats_per_token"]
+        assert nats["model"] < nats["bigram"] < nats["unigram"]
     blocks = [b.ids for b in token_blocks(read_documents([DEMO_TEXT]), tokenizer, 128, wrap=False)]
     x_0 = torch.from_numpy(np.stack(blocks))
     counts = Counter(x_0.flatten().tolist())
@@ -82,8 +83,24 @@ def test_its_log_tells_the_same_end_as_its_record():
     lines = [json.loads(line) for line in (bundled_directory() / "log.jsonl").read_text("utf-8").splitlines()]
     last = [line for line in lines if "held_out_nats" in line][-1]
     assert last["step"] == record["config"]["steps"]
-    # The final evaluation covers all held-out text, the log a part of it.
-    assert last["held_out_nats"] == pytest.approx(record["held_out"]["nats_per_token"]["model"], abs=0.3)
+    # The final evaluation covers all held-out text, the log a part of it, in bare sequences.
+    final = record["held_out"]["bare"]["nats_per_token"]["model"]
+    assert last["held_out_nats"] == pytest.approx(final, abs=0.3)
+
+
+def test_its_card_has_the_figures_of_its_record_for_each_form():
+    card = (bundled_directory() / "README.md").read_text("utf-8")
+    record = json.loads((bundled_directory() / "training.json").read_text("utf-8"))
+    for name in ("unigram", "bigram", "model"):
+        cells = [
+            f"{record['held_out'][form][unit][name]:.3f}"
+            for form in ("wrapped", "bare")
+            for unit in ("nats_per_token", "bits_per_byte")
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in card
+    for form in ("wrapped", "bare"):
+        assert f"{record['held_out'][form]['tokens']:,}" in card
+    assert record["inputs"]["tokenizer_sha256"] == load_tokenizer("bundled").sha256
 
 
 def test_nothing_of_the_machine_that_trained_it_is_in_its_files():
@@ -91,3 +108,16 @@ def test_nothing_of_the_machine_that_trained_it_is_in_its_files():
         if file.suffix in (".json", ".jsonl") and file.name != "tokenizer.json":
             assert "/root" not in file.read_text("utf-8")
             assert "/home" not in file.read_text("utf-8")
+
+
+def test_the_readmes_ablation_prints_words_that_fit_and_then_others(capsys):
+    """Behavioural: decoded tokens, not their byte-level spelling; and the change can be seen in them."""
+    readme = (DEMO_TEXT.parents[2] / "README.md").read_text("utf-8")
+    block = readme.partition("```python\n")[2].partition("```")[0]
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102  (our own text)
+    shape, whole, ablated = capsys.readouterr().out.splitlines()
+    assert shape.startswith("torch.Size([1, ")
+    assert "' park'" in whole
+    assert "' store'" in whole
+    assert "' store'" not in ablated
+    assert "Ġ" not in whole + ablated

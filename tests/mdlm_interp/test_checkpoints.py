@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mdlm_interp import checkpoints
-from mdlm_interp.errors import CheckpointError, OutputExistsError
+from mdlm_interp.errors import CheckpointError, OutputExistsError, WriteError
 from mdlm_interp.model import HookedMDLM
 
 
@@ -168,6 +169,24 @@ def test_an_interrupted_save_leaves_no_model_and_can_be_repeated(model, tmp_path
     model.save_pretrained(tmp_path)
     assert same_weights(HookedMDLM.from_pretrained(tmp_path), model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_save_that_the_disk_refuses_is_one_line_and_can_be_repeated(model, tmp_path, monkeypatch):
+    def full(state, path, metadata):
+        Path(path).write_bytes(b"half a file")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "save_file", full)
+        with pytest.raises(WriteError) as caught:
+            model.save_pretrained(tmp_path / "model")
+    assert str(caught.value) == (
+        f"{tmp_path / 'model' / 'model.safetensors'} cannot be written: No space left on device; "
+        "free some space or choose another directory, then run this again"
+    )
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+    model.save_pretrained(tmp_path / "model")
+    assert same_weights(HookedMDLM.from_pretrained(tmp_path / "model"), model)
 
 
 class Payload:

@@ -341,6 +341,8 @@ def test_options_of_every_kind_are_read_by_the_type_of_their_field():
         (["--compile"], True),
         (["--no-compile"], False),
         (["--compile", "false"], False),
+        (["--compile", "no"], False),
+        (["--compile=Yes"], True),
         (["--compile=true"], True),
         (["--compile", "--name", "x"], True),
     ],
@@ -379,6 +381,7 @@ def test_bare_arguments_fill_the_positional_fields_and_a_last_list_takes_the_res
         (["--optimizer.lr=1"], "command line: unknown option --optimizer.lr; did you mean '--optimiser.lr'?"),
         (["--no-steps"], "command line: unknown option --no-steps; did you mean '--steps'?"),
         (["-s", "1"], "command line: unknown option -s; known: '--steps', '--name', '--out-dir', "),
+        (["-[MASK]"], "command line: unknown option -[MASK]; known: "),
         (["--steps"], "command line: --steps needs a value (int)"),
         (["--steps", "--name", "x"], "command line: --steps needs a value (int)"),
         (["--steps", "1", "--steps=2"], "command line: --steps is given twice"),
@@ -401,6 +404,11 @@ def test_a_wrong_command_line_is_refused_in_these_words(argv, message):
     with pytest.raises(ConfigError) as caught:
         parsed(*argv, positional=("name",))
     assert str(caught.value).startswith(message)
+
+
+def test_text_that_looks_like_an_option_has_its_own_hint():
+    with pytest.raises(ConfigError, match=r"unknown option -\[MASK\]; .*; text that begins with - goes after a bare --$"):
+        parsed("-[MASK]", positional=("name",))
 
 
 def test_help_names_every_field_with_type_default_and_sentence(capsys, monkeypatch):

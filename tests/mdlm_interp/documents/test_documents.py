@@ -1,4 +1,4 @@
-"""Text files to documents: the rules of each format, any read boundary, and each input that is refused."""
+"""Plain text, JSON lines and parquet: the rules of each, any read boundary, and each input that is refused."""
 
 from __future__ import annotations
 
@@ -10,27 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from mdlm_interp import documents
-from mdlm_interp.documents import Document, read_documents
+from mdlm_interp.documents import Document, compression, read_documents, text
 from mdlm_interp.errors import DataError
 
 MARKER = "<|endoftext|>"
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes a file and returns its path."""
-
-    def write(name: str, content: str | bytes):
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
-
-
-def texts(*paths) -> list[str]:
-    return [document.text for document in read_documents(paths)]
+FIRST_KINDS = "'.txt', '.jsonl', '.ndjson', '.tar', '.parquet', '.arrow', '.bin', '.txt.gz'"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +30,7 @@ def texts(*paths) -> list[str]:
         (" \none\n\x0c\ntwo", ["one", "two"]),
     ],
 )
-def test_blank_lines_separate_the_documents_of_a_plain_text(write, content, expected):
+def test_blank_lines_separate_the_documents_of_a_plain_text(write, texts, content, expected):
     assert texts(write("a.txt", content)) == expected
 
 
@@ -58,12 +42,12 @@ def test_blank_lines_separate_the_documents_of_a_plain_text(write, content, expe
         (f"a <|endoftext> b\n\nc{MARKER}", ["a <|endoftext> b\n\nc"]),
     ],
 )
-def test_a_file_with_the_marker_is_separated_by_it_alone(write, content, expected):
+def test_a_file_with_the_marker_is_separated_by_it_alone(write, texts, content, expected):
     assert texts(write("a.txt", content)) == expected
 
 
 @pytest.mark.parametrize("before", [2**20 - 5, 2**20, 3 * 2**20 + 7])
-def test_a_marker_far_into_the_file_decides_for_all_of_it(write, before):
+def test_a_marker_far_into_the_file_decides_for_all_of_it(write, texts, before):
     """Exact: also where it straddles a read boundary; blank lines before it separate nothing."""
     head = ("line\n\n" * (before // 6 + 1))[:before]
     assert texts(write("a.txt", head + MARKER + "tail\n\nend")) == [head.strip("\n"), "tail\n\nend"]
@@ -73,7 +57,9 @@ ALPHABET = st.sampled_from(["a", "é", "\n", "\n\n", " ", "\t", "<|endof", "text
 
 
 @given(st.lists(ALPHABET, max_size=30).map("".join), st.integers(1, 20))
-def test_documents_do_not_depend_on_where_the_file_is_cut_into_pieces(tmp_path_factory, content, piece):
+def test_documents_do_not_depend_on_where_the_file_is_cut_into_pieces(
+    tmp_path_factory, texts, content, piece
+):
     """Exact, against the rule applied to the whole text."""
     path = tmp_path_factory.mktemp("cut") / "a.txt"
     path.write_text(content, encoding="utf-8")
@@ -83,9 +69,10 @@ def test_documents_do_not_depend_on_where_the_file_is_cut_into_pieces(tmp_path_f
         expected = [""]
         for line in content.split("\n"):
             expected[-1:] = [expected[-1] + line + "\n"] if line.strip() else [expected[-1], ""]
-    expected = [text.strip("\n") for text in expected if text.strip()]
+    expected = [one.strip("\n") for one in expected if one.strip()]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(documents, "PIECE", piece)
+        patched.setattr(text, "PIECE", piece)
+        patched.setattr(compression, "PIECE", piece)
         if expected:
             assert texts(path) == expected
         else:
@@ -93,7 +80,7 @@ def test_documents_do_not_depend_on_where_the_file_is_cut_into_pieces(tmp_path_f
                 texts(path)
 
 
-def test_json_lines_are_a_document_a_line(write):
+def test_json_lines_are_a_document_a_line(write, texts):
     records = [
         {"text": "one\n\nstill one"},
         {"id": 3, "text": f"two {MARKER}"},
@@ -105,7 +92,7 @@ def test_json_lines_are_a_document_a_line(write):
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_a_parquet_file_is_a_document_a_row_of_its_text_column(tmp_path, kind):
+def test_a_parquet_file_is_a_document_a_row_of_its_text_column(tmp_path, texts, kind):
     column = pa.array(["one", None, "", "two\n\nstill two"], kind)
     parquet.write_table(pa.table({"id": [1, 2, 3, 4], "text": column}), tmp_path / "a.parquet")
     assert texts(tmp_path / "a.parquet") == ["one", "two\n\nstill two"]
@@ -128,49 +115,55 @@ def test_documents_are_read_as_they_are_asked_for(write):
         next(stream)
 
 
-def refusal(path) -> str:
-    """What reading says, which is one line that starts with the path."""
-    with pytest.raises(DataError) as caught:
-        texts(path)
-    found = str(caught.value)
-    assert found.startswith(str(path))
-    assert "\n" not in found
-    return found.removeprefix(str(path))
-
-
-def test_a_missing_file_is_named_with_the_nearest(write):
+def test_a_missing_file_is_named_with_the_nearest(write, refusal):
     path = write("corpus.txt", "text")
     assert refusal(path.with_name("corpsu.txt")) == " does not exist; did you mean 'corpus.txt'?"
     assert refusal(path.parent / "nowhere" / "a.txt") == " does not exist"
 
 
-@pytest.mark.parametrize("name", ["texts", "texts.txt"])
-def test_a_directory_is_refused(tmp_path, name):
-    (tmp_path / name).mkdir()
-    assert refusal(tmp_path / name) == " is a directory, expected a file; name the files in it"
+@pytest.mark.parametrize(
+    ("name", "content"), [("A.TXT", "one"), ("a.Txt", "one"), ("a.JSONL", '{"text": "one"}')]
+)
+def test_capitals_in_a_suffix_mean_the_same(write, texts, name, content):
+    assert texts(write(name, content)) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_a_link_to_nowhere_is_told_as_such(tmp_path, refusal, name):
+    (tmp_path / name).symlink_to("gone.txt")
+    assert refusal(tmp_path / name) == " is a link to gone.txt, which does not exist; name the file itself"
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"), [("a.txt.bz2", "bunzip2"), ("a.ZIP", "unzip"), ("a.jsonl.lz4", "unlz4")]
+)
+def test_a_compressed_file_is_refused_with_what_unpacks_it(write, refusal, name, tool):
+    assert refusal(write(name, "text")) == f" is compressed; unpack it first, with {tool} for instance"
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("a.json", ": unknown kind of text file '.json'; did you mean '.jsonl'?"),
-        ("a.csv", ": unknown kind of text file '.csv'; known: '.txt', '.jsonl', '.parquet'"),
-        ("a", ": unknown kind of text file ''; known: '.txt', '.jsonl', '.parquet'"),
+        ("a.json.gz", ": unknown kind of text file '.json.gz'; did you mean '.jsonl.gz'?"),
+        ("a.parquet.gz", ": unknown kind of text file '.parquet.gz'; did you mean '.parquet'?"),
+        ("a.csv", f": unknown kind of text file '.csv'; known: {FIRST_KINDS}, ..."),
+        ("a", f": unknown kind of text file ''; known: {FIRST_KINDS}, ..."),
     ],
 )
-def test_an_unknown_suffix_is_refused(write, name, expected):
+def test_an_unknown_suffix_is_refused(write, refusal, name, expected):
     assert refusal(write(name, "text")) == expected
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 @pytest.mark.parametrize("before", [b"", b" " * 10, "é ".encode() * 700_000], ids=["first", "near", "far"])
-def test_a_byte_that_is_no_utf8_is_named_by_its_place_in_the_file(write, name, before):
+def test_a_byte_that_is_no_utf8_is_named_by_its_place_in_the_file(write, refusal, name, before):
     assert refusal(write(name, before + b"\xff")) == (
         f" is not UTF-8 (byte {len(before)}: invalid start byte); convert it first"
     )
 
 
-def test_a_file_cut_off_inside_a_character_is_refused(write):
+def test_a_file_cut_off_inside_a_character_is_refused(write, refusal):
     assert refusal(write("a.txt", b"caf" + "é".encode()[:1])) == (
         " is not UTF-8 (byte 3: unexpected end of data); convert it first"
     )
@@ -186,16 +179,16 @@ def test_a_file_cut_off_inside_a_character_is_refused(write):
         (r'{"text": "\ud83d"}', ", line 3: the text has half a surrogate pair, which is no character"),
     ],
 )
-def test_a_bad_json_line_is_named_by_its_number(write, line, expected):
+def test_a_bad_json_line_is_named_by_its_number(write, refusal, line, expected):
     assert refusal(write("a.jsonl", f'{{"text": "one"}}\n\n{line}\n')) == expected
 
 
-def test_a_whole_surrogate_pair_is_a_character(write):
+def test_a_whole_surrogate_pair_is_a_character(write, texts):
     assert texts(write("a.jsonl", r'{"text": "\ud83d\ude00"}')) == ["😀"]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_a_truncated_parquet_file_is_refused(tmp_path, share):
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.99])
+def test_a_truncated_parquet_file_is_refused(tmp_path, refusal, share):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": ["some text"] * 100}), path)
     whole = path.read_bytes()
@@ -203,14 +196,16 @@ def test_a_truncated_parquet_file_is_refused(tmp_path, share):
     assert refusal(path).startswith(" is truncated or no parquet file (")
 
 
-def test_a_parquet_file_without_a_text_column_is_refused(tmp_path):
+def test_a_parquet_file_without_a_text_column_is_refused(tmp_path, refusal):
     parquet.write_table(pa.table({"texts": ["a"], "id": [1]}), tmp_path / "a.parquet")
     assert refusal(tmp_path / "a.parquet") == " has no column \"text\"; did you mean 'texts'?"
 
 
-def test_a_text_column_of_numbers_is_refused(tmp_path):
+def test_a_text_column_of_numbers_is_refused(tmp_path, refusal):
     parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    assert refusal(tmp_path / "a.parquet") == ': column "text" holds int, expected strings'
+    assert refusal(tmp_path / "a.parquet") == (
+        ': column "text" holds int64, expected strings; name a file of texts'
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,7 +218,7 @@ def test_a_text_column_of_numbers_is_refused(tmp_path):
         ("a.jsonl", '{"text": ""}'),
     ],
 )
-def test_a_file_without_text_is_refused(write, name, content):
+def test_a_file_without_text_is_refused(write, refusal, name, content):
     assert (
         refusal(write(name, content)) == " holds no text; remove it from the list or check how it was written"
     )

@@ -1,0 +1,90 @@
+"""Plain text and JSON lines, a document at a time.
+
+A plain text's documents are separated by <|endoftext|> where the file has that anywhere, by blank lines
+otherwise. JSON lines have an object with a string "text" on each line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from io import TextIOWrapper
+
+from mdlm_interp.documents.compression import PackedFile
+from mdlm_interp.errors import DataError, nearest
+from mdlm_interp.tokenizers import END_OF_TEXT
+
+PIECE = 1 << 20
+"""Bytes or characters of a plain text that are read at a time."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read_text(file: PackedFile) -> Iterator[str]:
+    """The documents of a plain text."""
+    # A file that marks its documents has blank lines inside them, so the whole file decides on the rule.
+    split = _marked_documents if _has_marker(file) else _paragraphs
+    with file.open_text() as stream:
+        yield from (text.strip("\n") for text in split(stream))
+
+
+def _has_marker(file: PackedFile) -> bool:
+    marker, tail = END_OF_TEXT.encode(), b""
+    with file.open() as stream:
+        while piece := stream.read(PIECE):
+            if marker in tail + piece:
+                return True
+            tail = (tail + piece)[1 - len(marker) :]
+    return False
+
+
+def _marked_documents(stream: TextIOWrapper) -> Iterator[str]:
+    # Pieces are joined once a document, so that a long one does not cost the square of its length.
+    pending: list[str] = []
+    tail = ""
+    while piece := stream.read(PIECE):
+        *complete, rest = (tail + piece).split(END_OF_TEXT)
+        for text in complete:
+            yield "".join([*pending, text])
+            pending.clear()
+        kept = max(0, len(rest) - len(END_OF_TEXT) + 1)
+        pending.append(rest[:kept])
+        tail = rest[kept:]
+    yield "".join([*pending, tail])
+
+
+def _paragraphs(stream: TextIOWrapper) -> Iterator[str]:
+    pending: list[str] = []
+    for line in stream:
+        if not line.isspace():
+            pending.append(line)
+        else:
+            yield "".join(pending)
+            pending = []
+    yield "".join(pending)
+
+
+def read_jsonl(file: PackedFile) -> Iterator[str]:
+    """The documents of a file of JSON lines."""
+    with file.open_text() as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.isspace():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{file}, line {number} is not JSON ({error.msg}); is the file cut off?"
+                ) from None
+            except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+                reason = str(error).partition(";")[0]
+                raise DataError(f"{file}, line {number} cannot be read ({reason}); remove the line") from None
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                known = nearest("text", record) if isinstance(record, dict) else ""
+                raise DataError(f'{file}, line {number} has no "text" string{known}')
+            if not record["text"].isascii() and _SURROGATE.search(record["text"]):
+                raise DataError(
+                    f"{file}, line {number}: the text has half a surrogate pair, which is no character"
+                )
+            yield record["text"]
