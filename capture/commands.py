@@ -26,6 +26,8 @@ class InfoConfig:
 
     store: str
     """Directory or URL of the store."""
+    endpoint: str | None = None
+    """URL of an S3-compatible service, for an s3:// store; none takes AWS_ENDPOINT_URL, or Amazon's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class VerifyConfig:
 
     store: str
     """Directory or URL of the store."""
+    endpoint: str | None = None
+    """URL of an S3-compatible service, for an s3:// store; none takes AWS_ENDPOINT_URL, or Amazon's own."""
     model: str | None = None
     """Model directory, hub id or "bundled"; none takes what the store names. Its weights must be the store's."""
     batches: int = 4
@@ -61,7 +65,10 @@ def run(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, WriteError):
         # What is committed stays; if nothing is there to be read, the error says enough.
         with suppress(StoreError):
-            print(f"{summary(open_store(config.out))}; the same command goes on", file=sys.stderr)
+            print(
+                f"{summary(open_store(config.out, endpoint=config.endpoint))}; the same command goes on",
+                file=sys.stderr,
+            )
         raise
     print(summary(store))
     print(f"took {perf_counter() - start:.1f} s")
@@ -70,14 +77,15 @@ def run(argv: Sequence[str]) -> int:
         print(f"warning: {bad:,} activations are infinite or not a number", file=sys.stderr)
     if store.complete:
         print(f"fingerprint {store.fingerprint()[:FINGERPRINT_SHOWN]}")
-        print(f"next: {invocation()} capture info {store.name}")
+        endpoint = f" --endpoint {config.endpoint}" if config.endpoint else ""
+        print(f"next: {invocation()} capture info {store.name}{endpoint}")
     return 0
 
 
 def info(argv: Sequence[str]) -> int:
     """Describe a store without reading its activations."""
     config = parse_args(InfoConfig, argv, prog="mdlm-interp capture info", positional=("store",))
-    store = open_store(config.store)
+    store = open_store(config.store, endpoint=config.endpoint)
     print(summary(store))
     for title, lines in (
         ("rows by diffusion time:", strata(store)),
@@ -96,7 +104,7 @@ def verify(argv: Sequence[str]) -> int:
     from capture.verify import BOUND, verify_files, verify_rows
 
     config = parse_args(VerifyConfig, argv, prog="mdlm-interp capture verify", positional=("store",))
-    store = open_store(config.store)
+    store = open_store(config.store, endpoint=config.endpoint)
     total = store.manifest.committed_rows
     quiet = not sys.stderr.isatty()
     with tqdm(total=total, unit="row", unit_scale=True, disable=quiet) as bar:

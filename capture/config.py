@@ -11,7 +11,7 @@ from capture.schema import StoredType
 from mdlm_interp.config_files import to_mapping
 from mdlm_interp.errors import ConfigError
 
-RUN_ONLY = frozenset({"out", "rank", "world_size", "any_disk"})
+RUN_ONLY = frozenset({"out", "endpoint", "rank", "world_size", "any_disk"})
 """Fields that say how a capture runs and not what is in the store; a store does not keep them."""
 
 
@@ -23,6 +23,8 @@ class CaptureConfig:
     """Text files, globs, directories of shards or @lists of files, in this order; see the README for the kinds."""
     out: str
     """Directory or s3:// URL of the store: new, empty, or one that this command began."""
+    endpoint: str | None = None
+    """URL of an S3-compatible service, when out is s3://; none takes AWS_ENDPOINT_URL, or Amazon's own."""
     model: str = "bundled"
     """Model directory, hub id, or "bundled" for the small model in this package."""
     tokenizer: str | None = None
@@ -60,7 +62,7 @@ class CaptureConfig:
     batch_size: int = 16
     """Sequences per forward pass; it changes native activations by rounding only, tokens and masks never."""
     shard_rows: int | None = None
-    """Rows of a shard file, and rows between two commits, a multiple of 256; none takes 16,384."""
+    """Rows of a shard file, and between commits, a multiple of 256; none takes 16,384. For a URL two fit in memory."""
     rank: int | None = None
     """Which of world_size processes this is, from 0; none takes RANK of torchrun, or 0."""
     world_size: int | None = None
@@ -73,7 +75,15 @@ class CaptureConfig:
             raise ConfigError("files must name at least one text file")
         if not self.hooks:
             raise ConfigError("hooks must name at least one hook point")
-        for name in ("length", "max_sequences", "max_rows", "batch_size", "every", "per_sequence", "world_size"):
+        for name in (
+            "length",
+            "max_sequences",
+            "max_rows",
+            "batch_size",
+            "every",
+            "per_sequence",
+            "world_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")

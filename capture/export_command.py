@@ -10,6 +10,7 @@ from time import perf_counter
 
 from capture.convert.export import Target, export_store
 from capture.forecast import bytes_text
+from capture.reader import open_store
 from capture.schema import StoredType
 from mdlm_interp.config_args import parse_args
 from mdlm_interp.errors import ConfigError
@@ -22,6 +23,8 @@ class ExportConfig:
 
     store: str
     """Directory or URL of the store, or an export."""
+    endpoint: str | None = None
+    """URL of an S3-compatible service, for an s3:// store; none takes AWS_ENDPOINT_URL, or Amazon's own."""
     to: Target
     """One HDF5 file, a directory of safetensors files, or the layout that crosslayer-coding trains from."""
     out: Path
@@ -55,7 +58,7 @@ def export(argv: Sequence[str]) -> int:
     config = parse_args(ExportConfig, argv, prog="mdlm-interp capture export", positional=("store",))
     start = perf_counter()
     made = export_store(
-        config.store,
+        open_store(config.store, endpoint=config.endpoint),
         config.out,
         to=config.to,
         hooks=config.hooks,

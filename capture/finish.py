@@ -49,7 +49,9 @@ def finish(place: Place, layout: schema.Layout, *, world_size: int, rows: int) -
         return False
     whole = joined_manifest(place)
     if whole.committed_rows != rows:
-        raise StoreError(f"{place.name}: {rows} rows were made and {whole.committed_rows} are committed; run again")
+        raise StoreError(
+            f"{place.name}: {rows} rows were made and {whole.committed_rows} are committed; run again"
+        )
     place.sweep()
     group = zarr.open_group(place.zarr_store(), mode="r+")
     set_rows(place, layout, rows)
@@ -111,7 +113,9 @@ def _pending(place: Place, manifest: Manifest) -> Iterator[Mapping[str, NDArray[
 
 def _write_sequences(place: Place, group: zarr.Group, manifest: Manifest, length: int) -> None:
     total = manifest.n_sequences
-    arrays = {name: schema.create_sequence_array(group, name, total, length) for name in schema.SEQUENCE_COLUMNS}
+    arrays = {
+        name: schema.create_sequence_array(group, name, total, length) for name in schema.SEQUENCE_COLUMNS
+    }
     start = 0
     waiting: dict[str, list[NDArray[Any]]] = {name: [] for name in arrays}
     held = 0

@@ -112,7 +112,9 @@ def world_size_of(names: Iterable[str]) -> int | None:
 
 def joined(manifests: Sequence[Manifest]) -> Manifest:
     """One manifest of all ranks' shards."""
-    shards = sorted((shard for manifest in manifests for shard in manifest.shards), key=lambda shard: shard.rows)
+    shards = sorted(
+        (shard for manifest in manifests for shard in manifest.shards), key=lambda shard: shard.rows
+    )
     return replace(manifests[0], shards=tuple(shards))
 
 

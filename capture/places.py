@@ -19,9 +19,9 @@ from typing import Protocol, runtime_checkable
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from capture.shards import Piece
+from capture.shards import Piece, bytes_of
 from mdlm_interp.atomic_files import PREFIX, replacing, sync, sync_tree, write_errors
-from mdlm_interp.errors import StoreError
+from mdlm_interp.errors import ConfigError, StoreError
 
 SYNC_THREADS = 8
 MAX_VECTORS = 256
@@ -128,7 +128,9 @@ class Directory:
 
     def exists(self) -> bool:
         """Whether something is at the path, an empty directory aside."""
-        return self.root.is_symlink() or (any(self.root.iterdir()) if self.root.is_dir() else self.root.exists())
+        return self.root.is_symlink() or (
+            any(self.root.iterdir()) if self.root.is_dir() else self.root.exists()
+        )
 
     @contextmanager
     def create(self, tag: str) -> Iterator[Directory]:
@@ -193,7 +195,9 @@ class Directory:
 
     def files(self) -> list[str]:
         """Paths of all files, sorted."""
-        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+        return sorted(
+            path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()
+        )
 
     def remove(self, path: str) -> None:
         """Remove a file or a directory with all that is in it, if it is there."""
@@ -211,7 +215,9 @@ class Directory:
                     directories[:] = [name for name in directories if name not in ("acts", "rows")]
                 _parallel(sync, [Path(top, name) for name in ["", *files]])
             arrays = [*self.root.glob("acts/*"), *self.root.glob("rows/*")]
-            _parallel(sync, [path for array in arrays for path in (array, array / "zarr.json") if path.exists()])
+            _parallel(
+                sync, [path for array in arrays for path in (array, array / "zarr.json") if path.exists()]
+            )
 
     def sweep(self) -> None:
         """Remove the files whose names say that they are not finished."""
@@ -257,7 +263,7 @@ class FileDraft:
         with write_errors(self._root):
             descriptor = os.open(self.partial, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
-                _write_all(descriptor, [memoryview(piece).cast("B") for piece in pieces])
+                _write_all(descriptor, [bytes_of(piece) for piece in pieces])
             finally:
                 os.close(descriptor)
 
@@ -279,12 +285,27 @@ def _parallel(function: Callable[[Path], None], items: Iterable[Path]) -> None:
             pass
 
 
-def place_of(out: str | Path) -> Place:
+def place_of(out: str | Path, endpoint: str | None = None) -> Place:
     """The place that a path or URL names.
 
+    Args:
+        endpoint: URL of an S3-compatible service; none takes AWS_ENDPOINT_URL, or Amazon's.
     Raises:
-        StoreError: If the URL is of an unknown kind.
+        ConfigError: If the URL cannot be right, or lacks a package to open it.
+        StoreError: If its service cannot be reached.
     """
     if "://" not in str(out):
+        if endpoint is not None:
+            raise ConfigError(
+                f"endpoint {endpoint} has no effect on the directory {out}; is an s3:// URL meant?"
+            )
         return Directory(Path(out))
-    raise StoreError(f"{out} is of an unknown kind; give a directory")
+    try:
+        from capture.remote import ObjectStore
+    except ModuleNotFoundError as error:
+        if error.name != "obstore":
+            raise
+        raise ConfigError(
+            f"{out} needs obstore, which is not installed: pip install 'mdlm-interp[remote]'"
+        ) from None
+    return ObjectStore(str(out), endpoint=endpoint)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capture import schema
 from capture.config import CaptureConfig
 from capture.manifest import ResumePoint
 from mdlm_interp.diffusion import MIN_TIME, LogLinearSchedule, corrupt, sequence_times
@@ -36,6 +35,7 @@ from mdlm_interp.randomness import permutation, uniforms
 from mdlm_interp.tokenizers import Tokenizer
 
 SCHEDULE = LogLinearSchedule()
+START = StreamPosition(0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class Batch:
         return [len(sequence.positions) for sequence in self.sequences]
 
     def _padded(self, values: Sequence[NDArray[np.int64]], dtype: type) -> NDArray[Any]:
-        table = np.full((len(values), self._length), -1, dtype)
+        table: NDArray[Any] = np.full((len(values), self._length), -1, dtype)
         for row, value in zip(table, values, strict=True):
             row[: len(value)] = value
         return table
@@ -171,7 +171,7 @@ def planned(config: CaptureConfig, tokenizer: Tokenizer, resume: ResumePoint) ->
 
 
 def read_blocks(
-    config: CaptureConfig, tokenizer: Tokenizer, start: StreamPosition = StreamPosition(0, 0)
+    config: CaptureConfig, tokenizer: Tokenizer, start: StreamPosition = START
 ) -> Iterator[TokenBlock]:
     """The blocks of text of a resolved config, from a place in it."""
     assert config.length is not None

@@ -35,16 +35,18 @@ BLOCK_BYTES = 2**26
 Rows: TypeAlias = "slice | Sequence[int] | NDArray[np.integer[Any]] | Tensor"
 
 
-def open_store(path: str | Path) -> ActivationStore:
+def open_store(path: str | Path, *, endpoint: str | None = None) -> ActivationStore:
     """Open an activation store for reading, complete or not: a directory, a URL, or an HDF5 or safetensors export.
 
+    Args:
+        endpoint: URL of an S3-compatible service for an s3:// path; none takes AWS_ENDPOINT_URL, or Amazon's.
     Raises:
         StoreError: If there is no store, its metadata is damaged, or a later version wrote it.
     """
     # Here, because what reads an export is made of what is in this module.
     from capture.convert.exported import open_export
 
-    return open_export(path) or ActivationStore(place_of(path))
+    return open_export(path) or ActivationStore(place_of(path, endpoint))
 
 
 class ActivationStore:
@@ -83,6 +85,11 @@ class ActivationStore:
     def name(self) -> str:
         """The directory or URL."""
         return self._place.name
+
+    @property
+    def place(self) -> Place:
+        """What holds the store's files."""
+        return self._place
 
     @property
     def path(self) -> Path:

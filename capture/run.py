@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -71,18 +72,18 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
     Raises:
         OutputExistsError: If `config.out` holds something else; it is left alone.
         ConfigError, DataError, HookError, CheckpointError: If the request does not fit the model or text.
-        StoreError: If the disk cannot hold the store, or another process is writing it.
+        StoreError: If the disk cannot hold the store, a service does not answer, or another process is writing.
         WriteError: If the disk fails or is full while writing; what is committed stays.
     """
+    place = place_of(config.out, config.endpoint)
     request = prepared(config)
-    place = place_of(config.out)
     expected = forecast(request.config, request.tokenizer, request.layout)
     if not config.any_disk:
         refuse_full_disk(place, expected)
     forward = forward_of(request.model, list(request.layout.shapes), request.config)
     if progress and request.rank == 0:
         hours = expected.rows / rows_per_second(forward, request.first) / 3600 / request.world_size
-        print(f"{place.name}: {expected}, about {duration(hours)}", file=sys.stderr)
+        sys.stderr.write(f"{place.name}: {expected}, about {duration(hours)}\n")
     attributes = {
         "config": request.config.identity(),
         "provenance": provenance(
@@ -97,11 +98,13 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
     if not manifest.complete:
         with place.lock(f"rank-{request.rank}"):
             # Another process may have committed between reading the manifest and taking the lock.
-            manifest = begin(place, request.layout, attributes, expected.rows, request.rank, request.world_size)
+            manifest = begin(
+                place, request.layout, attributes, expected.rows, request.rank, request.world_size
+            )
             rows = _write(place, request, forward, manifest, progress)
             with place.lock("finish", wait=True):
                 finish(place, request.layout, world_size=request.world_size, rows=rows)
-    return open_store(config.out)
+    return open_store(config.out, endpoint=config.endpoint)
 
 
 def prepared(config: CaptureConfig) -> Request:
@@ -112,7 +115,8 @@ def prepared(config: CaptureConfig) -> Request:
     model = HookedMDLM.from_pretrained(directory, device=device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     config = resolved(config, model, tokenizer)
-    assert config.length is not None and config.shard_rows is not None
+    assert config.length is not None
+    assert config.shard_rows is not None
     hooks = recordable_hooks(config.hooks, model)
     first = next(batches(config, tokenizer), None)
     if first is None:
@@ -168,7 +172,9 @@ def device_of(name: str, rank: int) -> torch.device:
         raise ConfigError(f"device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"device {name!r}: this machine has no CUDA device that torch can use; take cpu")
+            raise ConfigError(
+                f"device {name!r}: this machine has no CUDA device that torch can use; take cpu"
+            )
         if device.index is None:
             local = int(os.environ.get("LOCAL_RANK", rank))
             return torch.device("cuda", local % torch.cuda.device_count())
@@ -261,9 +267,7 @@ def _write(
 @contextmanager
 def _writing(place: Place, request: Request, manifest: manifests.Manifest) -> Iterator[StoreWriter]:
     """A writer that commits everything at the end, or stops at once on an error."""
-    writer = StoreWriter(
-        place, request.layout, manifest, rank=request.rank, world_size=request.world_size
-    )
+    writer = StoreWriter(place, request.layout, manifest, rank=request.rank, world_size=request.world_size)
     try:
         yield writer
     except BaseException:
@@ -285,6 +289,6 @@ def batch_rows(batch: Batch, acts: dict[str, torch.Tensor], mask_id: int) -> Row
     )
 
 
-def _bar(request: Request, manifest: manifests.Manifest, progress: bool) -> tqdm[None]:
+def _bar(request: Request, manifest: manifests.Manifest, progress: bool) -> Any:
     quiet = not progress or request.rank != 0 or not sys.stderr.isatty()
     return tqdm(total=manifest.planned_rows, unit="row", unit_scale=True, disable=quiet)

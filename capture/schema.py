@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from capture.shards import ShardShape
-
 from mdlm_interp.config import MDLMConfig
 
 FORMAT = "mdlm-interp activations"

@@ -65,6 +65,11 @@ class ShardShape:
         return 16 * self.n_chunks + CRC_BYTES
 
 
+def bytes_of(piece: Piece) -> memoryview:
+    """A piece as bytes, without a copy."""
+    return memoryview(piece).cast("B")  # type: ignore[arg-type]  # numpy's stubs do not say that arrays are buffers
+
+
 class ShardEncoder:
     """Turns rows, in any portions, into the pieces of one shard file in order."""
 
@@ -124,7 +129,8 @@ def index_bytes(shape: ShardShape, present: int) -> bytes:
     index[:present, 0] = np.arange(present) * size
     index[:present, 1] = size
     table = index.tobytes()
-    return table + google_crc32c.value(table).to_bytes(CRC_BYTES, "little")
+    checksum: int = google_crc32c.value(table)
+    return table + checksum.to_bytes(CRC_BYTES, "little")
 
 
 def column_chunk(values: NDArray[Any], size: int, fill: float | int | bool) -> tuple[bytes, int]:

@@ -42,7 +42,7 @@ class Stage(Generic[Job]):
 
     def abandon(self) -> None:
         """Drop the jobs that wait, and end."""
-        self._error = self._error or _Abandoned()
+        self._error = self._error or _AbandonedError()
         self._jobs.put(None)
         self._thread.join()
 
@@ -56,9 +56,9 @@ class Stage(Generic[Job]):
             if self._error is None:
                 try:
                     self._work(job)
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001  # whoever feeds the stage raises it
                     self._error = error
 
 
-class _Abandoned(Exception):
+class _AbandonedError(Exception):
     """Jobs were dropped on request."""

@@ -29,14 +29,13 @@ from capture import schema
 from capture.begin import SAME_STACK, item
 from capture.config import CaptureConfig
 from capture.finish import file_hashes
-from capture.forward import Forward
 from capture.manifest import Shard
-from capture.places import Place, place_of
+from capture.places import Place
 from capture.plan import Batch, PlannedSequence, noised
 from capture.provenance import model_record, stack_record
 from capture.reader import ActivationStore, open_store
-from capture.shards import CRC_BYTES, ShardShape, index_bytes, shard_digest
 from capture.run import forward_of
+from capture.shards import CRC_BYTES, ShardShape, index_bytes, shard_digest
 from mdlm_interp.checkpoints import resolve_source
 from mdlm_interp.config_files import from_mapping
 from mdlm_interp.documents import StreamPosition, TokenBlock
@@ -83,7 +82,7 @@ def verify_files(store: ActivationStore, *, progress: Any = None) -> tuple[int, 
     Raises:
         StoreError: If a file is missing or any of its bits differs.
     """
-    place, layout = place_of(store.name), layout_of(store)
+    place, layout = store.place, layout_of(store)
     files = size = 0
     with ThreadPoolExecutor(READERS) as pool:
         checked = pool.map(lambda shard: _verify_shard(place, layout, shard), store.manifest.shards)
@@ -139,9 +138,7 @@ def _verify_shard(place: Place, layout: schema.Layout, shard: Shard) -> tuple[in
     return len(checksums), size
 
 
-def _chunks(
-    place: Place, path: str, content: bytes, shape: ShardShape, present: int
-) -> list[int]:
+def _chunks(place: Place, path: str, content: bytes, shape: ShardShape, present: int) -> list[int]:
     """Checksums of the chunks of a shard file, all of which hold."""
     index = index_bytes(shape, present)
     step = shape.chunk_bytes + CRC_BYTES
@@ -293,7 +290,9 @@ def _compare(store: ActivationStore, batch: Batch, acts: dict[str, Tensor], *, b
 
 def as_stored(acts: Tensor, dtype: schema.StoredType) -> Tensor:
     """Float32 activations after a round trip through the stored type."""
-    return acts.to({"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]).float()
+    return acts.to(
+        {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
+    ).float()
 
 
 def _differs(
@@ -314,16 +313,27 @@ def _differs(
 
 
 def verify_store(
-    path: str | Path, *, model: str | None = None, batches: int = 4, seed: int = 0, progress: Any = None
+    path: str | Path,
+    *,
+    endpoint: str | None = None,
+    model: str | None = None,
+    batches: int = 4,
+    seed: int = 0,
+    progress: Any = None,
 ) -> Verification:
     """Check every byte of a store and recompute some of its batches.
 
     Raises:
         StoreError: Naming what is missing, damaged or different.
     """
-    store = open_store(path)
+    store = open_store(path, endpoint=endpoint)
     files, size = verify_files(store, progress=progress)
     rows = verify_rows(store, model, batches=batches, seed=seed)
     return Verification(
-        files=files, size=size, batches=rows.batches, rows=rows.rows, bitwise=rows.bitwise, largest=rows.largest
+        files=files,
+        size=size,
+        batches=rows.batches,
+        rows=rows.rows,
+        bitwise=rows.bitwise,
+        largest=rows.largest,
     )

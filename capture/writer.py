@@ -152,7 +152,9 @@ class StoreWriter:
         if self._open is None:
             start = number * self._layout.shard_rows
             if row != start:
-                raise StoreError(f"{self._place.name}: row {row} came first in the shard that begins at {start}")
+                raise StoreError(
+                    f"{self._place.name}: row {row} came first in the shard that begins at {start}"
+                )
             self._open = OpenShard(
                 start=start,
                 stop=start,

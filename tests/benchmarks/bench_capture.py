@@ -17,11 +17,11 @@ import json
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -81,7 +81,11 @@ def built(config: MDLMConfig) -> HookedMDLM:
 
 def recorded(model: HookedMDLM, count: int) -> list[str]:
     """That many hook points of the residual stream, spread over the blocks as they come."""
-    names = [name for name in model.hook_names if name.rpartition(".")[2] in STREAMS or name.endswith("mlp.hook_in")]
+    names = [
+        name
+        for name in model.hook_names
+        if name.rpartition(".")[2] in STREAMS or name.endswith("mlp.hook_in")
+    ]
     return names[:count]
 
 
@@ -228,7 +232,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
-        print(json.dumps(measure(CASES[options.case], Path(folder), options.rounds), indent=1))
+        figures = measure(CASES[options.case], Path(folder), options.rounds)
+    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
 
 
 @pytest.mark.benchmark

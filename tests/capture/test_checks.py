@@ -10,7 +10,9 @@ from capture.checks import additions, check_additions
 from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import StoreError
 
-STREAM = tuple(f"blocks.*.hook_{name}" for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"))
+STREAM = tuple(
+    f"blocks.*.hook_{name}" for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+)
 
 
 def test_the_sums_of_both_blocks_are_checked(config):
@@ -52,9 +54,13 @@ def test_activations_too_large_for_float16_are_refused_and_nothing_is_committed(
         return output, {name: values * 1e7 for name, values in cache.items()}
 
     monkeypatch.setattr(HookedMDLM, "run_with_cache", louder)
-    with pytest.raises(StoreError, match=r"and float16 ends at 65504; capture with --dtype bfloat16 or float32"):
+    with pytest.raises(
+        StoreError, match=r"and float16 ends at 65504; capture with --dtype bfloat16 or float32"
+    ):
         run_capture(replace(config, hooks=("hook_embed",), dtype="float16"))
-    assert run_capture(replace(config, hooks=("hook_embed",), dtype="bfloat16", out=config.out + "2")).complete
+    assert run_capture(
+        replace(config, hooks=("hook_embed",), dtype="bfloat16", out=config.out + "2")
+    ).complete
 
 
 def test_infinite_and_undefined_activations_are_counted(config, monkeypatch):

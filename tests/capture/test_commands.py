@@ -1,97 +1,137 @@
-"""The commands run a capture and describe a store in words that hold."""
+"""The commands run, describe and check a store in words that hold."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from capture import CaptureConfig, open_store
-from capture.commands import info, run
+import capture
+import capture.forward
+from capture import CaptureConfig, open_store, run_capture
+from capture.commands import info, run, verify
+from capture.forecast import bytes_text
 from mdlm_interp.__main__ import main
 from mdlm_interp.config_files import load_config
-from mdlm_interp.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
 
 def arguments(config: CaptureConfig) -> list[str]:
     files = [str(file) for file in config.files]
-    return [
-        *files,
-        "--model",
-        config.model,
-        "--length",
-        "24",
-        "--max-sequences",
-        "3",
-        "--out",
-        str(config.out),
-    ]
+    options = ["--model", config.model, "--length", "24", "--max-sequences", "3", "--out", config.out]
+    return [*files, *options]
 
 
 def test_run_says_what_was_written_and_what_comes_next(config, capsys):
     assert run(arguments(config)) == 0
     store = open_store(config.out)
-    lines = capsys.readouterr().out.splitlines()
-    size = f"{store.bytes_on_disk / 1e6:.1f} MB"
-    assert lines[0] == f"{config.out}: 72 rows (3 sequences of 24 tokens), 4 hooks, {size}, complete"
-    assert "rows/s" in lines[1]
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0] == (
+        f"{config.out}: 72 rows (all positions of 3 sequences of up to 24 tokens), 4 hooks, "
+        f"{bytes_text(store.bytes_on_disk)}, complete"
+    )
+    assert re.fullmatch(r"took \d+\.\d s", lines[1])
     assert lines[2] == f"fingerprint {store.fingerprint()[:16]}"
-    assert re.fullmatch(rf"next: \S.* capture info {re.escape(str(config.out))}", lines[3])
-
-
-def test_info_describes_the_store(config, capsys):
-    run(arguments(config))
-    capsys.readouterr()
-    assert info([str(config.out)]) == 0
-    out = capsys.readouterr().out
-    store = open_store(config.out)
-    times = store.times()
-    masked = store.coords(slice(None))["is_masked"].double().mean()
-    assert "72 rows (3 sequences of 24 tokens), 4 hooks" in out
-    assert f"time {times.min():.4f} to {times.max():.4f}, {masked:.1%} of tokens masked" in out
-    assert "  blocks.1.hook_mlp_out  [32]\n" in out
-    assert f"weights sha256 {store.provenance['weights_sha256']}" in out
-    assert f"text {config.files[1]}, {config.files[1].stat().st_size:,} bytes, sha256" in out
-    assert "native arithmetic, batches of 16 x 24" in out
-
-
-def test_info_of_an_interrupted_store_says_so(config, capsys, monkeypatch):
-    monkeypatch.setattr("capture.writer.StoreWriter.finish", lambda _: None)
-    run(arguments(config))
-    capsys.readouterr()
-    assert info([str(config.out)]) == 0
-    out = capsys.readouterr().out
-    assert "0 rows (0 sequences of 24 tokens)" in out
-    assert "incomplete, planned with 72 rows" in out
-
-
-def test_an_interrupted_run_says_how_much_is_kept(config, capsys, monkeypatch):
-    def interrupt(_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("capture.writer.StoreWriter.finish", interrupt)
-    assert main(["capture", "run", *arguments(config)]) == 130
-    kept, last = capsys.readouterr().err.splitlines()
-    assert kept.startswith(f"{config.out}: 0 rows (0 sequences of 24 tokens), 4 hooks")
-    assert kept.endswith("incomplete, planned with 72 rows")
-    assert last == "mdlm-interp capture run: interrupted"
-
-
-def test_the_command_line_reaches_both_commands(config, capsys):
-    assert main(["capture", "run", *arguments(config)]) == 0
-    assert main(["capture", "info", str(config.out)]) == 0
-    assert main(["capture", "run", *arguments(config)]) == 2
-    error = capsys.readouterr().err
-    assert error == (
-        f"mdlm-interp capture run: error: {config.out} exists and is not empty; "
-        f"choose another --out, or remove it first\n"
+    assert re.fullmatch(rf"next: \S.* capture info {re.escape(config.out)}", lines[3])
+    # No bar is drawn where stderr is no terminal; the forecast is worth a line in a log.
+    assert re.fullmatch(
+        rf"{re.escape(config.out)}: about 72 rows of 3 sequences, \d+\.\d (kB|MB), about \d+ s",
+        printed.err.strip(),
     )
 
 
-def test_no_bar_is_drawn_where_stderr_is_no_terminal(config, capsys):
+def test_the_same_command_again_finds_the_store_complete(config, capsys):
     run(arguments(config))
-    assert capsys.readouterr().err == ""
+    first = capsys.readouterr().out.splitlines()
+    assert run(arguments(config)) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert (again[0], again[2]) == (first[0], first[2])
+
+
+def test_info_describes_the_store(config, capsys):
+    run([*arguments(config), "--dtype", "float16"])
+    capsys.readouterr()
+    assert info([config.out]) == 0
+    out = capsys.readouterr().out
+    store = open_store(config.out)
+    count = store.statistics(store.hooks[0]).count
+    bin_of = int(store.times()[0] * 10)
+    assert "72 rows (all positions of 3 sequences of up to 24 tokens), 4 hooks in float16 (lossy)" in out
+    unmasked, masked = (int(part[bin_of]) for part in count)
+    assert re.search(rf"t 0\.{bin_of} to \S+ +{unmasked} unmasked +{masked} masked  \.*#*\n", out)
+    rms = store.read(slice(None))["blocks.1.hook_mlp_out"].double().square().mean().sqrt()
+    shown = re.findall(r"blocks\.1\.hook_mlp_out  \[32\]  rms (\S+)", out)
+    assert [float(text) for text in shown] == pytest.approx([float(rms)], rel=1e-3)
+    assert f"weights sha256 {store.provenance['weights_sha256']}" in out
+    assert f"text {config.files[1]}, {config.files[1].stat().st_size:,} bytes, sha256" in out
+    assert "native arithmetic on cpu, batches of 16 x 24" in out
+
+
+def test_verify_says_what_was_checked(config, capsys):
+    run(arguments(config))
+    capsys.readouterr()
+    assert verify([config.out, "--batches", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "every byte matches its checksum: " in out
+    assert "1 batches (72 rows) recomputed: the same bits" in out
+
+
+def test_verify_of_a_damaged_store_is_one_line(config, capsys):
+    run(arguments(config))
+    file = Path(config.out) / "rows" / "x0" / "c.0"
+    content = bytearray(file.read_bytes())
+    content[5] ^= 4
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert main(["capture", "verify", config.out]) == 2
+    assert capsys.readouterr().err == (
+        f"mdlm-interp capture verify: error: {config.out}/rows/x0/c.0 is damaged (the checksum of its only chunk "
+        f"does not match); restore it from a copy or capture again\n"
+    )
+
+
+def interrupted(config: CaptureConfig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a capture whose second batch is interrupted, after a shard was committed."""
+
+    def interrupt(self, batch, *, check):
+        if batch.start:
+            raise KeyboardInterrupt
+        return forward(self, batch, check=check)
+
+    forward = capture.forward.Forward.__call__
+    monkeypatch.setattr(capture.forward.Forward, "__call__", interrupt)
+    return [*arguments(config), "--max-sequences=40", "--batch-size", "12", "--shard-rows", "256"]
+
+
+def test_an_interrupted_run_says_how_much_is_kept_and_how_to_go_on(config, capsys, monkeypatch):
+    words = interrupted(config, monkeypatch)
+    words.remove("--max-sequences")
+    words.remove("3")
+    assert main(["capture", "run", *words]) == 130
+    forecast, kept, last = capsys.readouterr().err.splitlines()
+    assert forecast.startswith(f"{config.out}: about ")
+    assert kept.startswith(
+        f"{config.out}: 256 rows (all positions of 10 sequences of up to 24 tokens), 4 hooks"
+    )
+    assert kept.endswith(" rows were planned; the same command goes on")
+    assert "INCOMPLETE" in kept
+    assert last == "mdlm-interp capture run: interrupted"
+    monkeypatch.undo()
+    assert main(["capture", "info", config.out]) == 0
+    assert "INCOMPLETE" in capsys.readouterr().out
+    assert main(["capture", "run", *words]) == 0
+    assert "complete" in capsys.readouterr().out
+
+
+def test_another_capture_into_the_same_place_is_one_line(config, capsys):
+    assert main(["capture", "run", *arguments(config)]) == 0
+    capsys.readouterr()
+    assert main(["capture", "run", *arguments(config), "--seed", "9"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"mdlm-interp capture run: error: {config.out} was begun with seed 0, got 9; choose another --out"
+    )
 
 
 def test_help_has_a_sentence_for_every_option(capsys):
@@ -109,28 +149,18 @@ def test_the_demo_config_names_files_that_are_there():
     assert path.read_text().startswith("# mdlm-interp capture run configs/capture_demo.yaml\n")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"files": ()}, "files must name at least one text file"),
-        ({"hooks": ()}, "hooks must name at least one hook point"),
-        ({"length": 0}, "length must be at least 1, got 0"),
-        ({"max_sequences": 0}, "max_sequences must be at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"seed": -1}, "seed must be in [0, 2**64), got -1"),
-        ({"times": "fixed", "time": 1.5}, "time must be in [0, 1], 0 being clean text, got 1.5"),
-        ({"time": 0.5}, "time 0.5 has no effect with times 'low_discrepancy'; set times to 'fixed'"),
-    ],
-)
-def test_a_config_that_cannot_be_right_is_refused(changes, message):
-    with pytest.raises(ConfigError) as caught:
-        CaptureConfig(**{"files": (Path("a.txt"),), "out": Path("b.zarr"), **changes})
-    assert str(caught.value) == message
+def test_activations_that_are_not_finite_are_told(config, capsys, monkeypatch):
+    entry = replace(run_capture(config).manifest.shards[0], not_finite=3)
+    store = open_store(config.out)
+    monkeypatch.setattr(
+        type(store), "manifest", property(lambda self: replace(self._files.manifest, shards=(entry,)))
+    )
+    monkeypatch.setattr("capture.run.run_capture", lambda *_, **__: store)
+    assert run(arguments(config)) == 0
+    assert "warning: 3 activations are infinite or not a number" in capsys.readouterr().err
 
 
 def test_public_names_resolve_and_others_do_not():
-    import capture
-
     assert all(hasattr(capture, name) for name in capture.__all__)
     with pytest.raises(AttributeError, match="module 'capture' has no attribute 'open_stor'"):
-        capture.open_stor  # noqa: B018
+        capture.open_stor  # type: ignore[attr-defined]  # noqa: B018

@@ -68,7 +68,8 @@ def test_the_batch_size_changes_nothing_that_is_recorded(planned_rows, changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"positions": "masked"}, {"times": "fixed", "time": (0.0, 0.4, 1.0)}, {"pack": "documents"}]
+    "changes",
+    [{}, {"positions": "masked"}, {"times": "fixed", "time": (0.0, 0.4, 1.0)}, {"pack": "documents"}],
 )
 @pytest.mark.parametrize("positions", ["all", "masked"])
 def test_any_batch_can_be_made_from_its_resume_point(planned_rows, changes, positions, monkeypatch):

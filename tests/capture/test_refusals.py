@@ -132,8 +132,16 @@ def test_a_config_that_cannot_be_meant_is_refused(config, changes, message):
         ({"rank": 0}, ConfigError, "rank and world_size must be given together"),
         ({"device": "tpu"}, ConfigError, "device must be cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "meta"}, ConfigError, "device must be cpu, cuda or cuda:N, got 'meta'"),
-        ({"positions": "random", "per_sequence": 25}, ConfigError, "per_sequence must be at most length 24, got 25"),
-        ({"max_rows": 5}, DataError, "no sequence of length 24 with all positions fits the text and max_rows 5"),
+        (
+            {"positions": "random", "per_sequence": 25},
+            ConfigError,
+            "per_sequence must be at most length 24, got 25",
+        ),
+        (
+            {"max_rows": 5},
+            DataError,
+            "no sequence of length 24 with all positions fits the text and max_rows 5",
+        ),
         ({"out": "ftp://host/run.zarr"}, StoreError, "ftp://host/run.zarr is of an unknown kind"),
     ],
 )

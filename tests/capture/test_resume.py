@@ -4,6 +4,7 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from capture.writer import StoreWriter
 from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import OutputExistsError, StoreError, WriteError
 
-VARIATIONS = {
+VARIATIONS: dict[str, dict[str, Any]] = {
     "all": {},
     "masked": {"positions": "masked"},
     "documents": {"pack": "documents", "length": 30},
@@ -26,7 +27,9 @@ VARIATIONS = {
 def contents(store: str | Path) -> dict[str, bytes]:
     """Every file of a store by its path."""
     root = Path(store)
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -112,7 +115,9 @@ def test_a_disk_that_fails_costs_only_what_was_not_committed(long, monkeypatch, 
     assert contents(long.out) == contents(whole.path)
 
 
-@pytest.mark.parametrize("step", ["set_rows", "_write_sequences", "_write_statistics", "file_hashes", "_clean"])
+@pytest.mark.parametrize(
+    "step", ["set_rows", "_write_sequences", "_write_statistics", "file_hashes", "_clean"]
+)
 def test_a_kill_while_completing_is_made_good(long, monkeypatch, step):
     import capture.finish as module
 
@@ -184,16 +189,21 @@ def test_native_rows_are_not_continued_with_another_number_of_threads(long, monk
         run_capture(long)
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
-    with pytest.raises(OutputExistsError, match=rf"was begun with threads {threads}, got {threads + 1}; go on with"):
+    with pytest.raises(
+        OutputExistsError, match=rf"was begun with threads {threads}, got {threads + 1}; go on with"
+    ):
         run_capture(long)
 
 
 def test_a_second_writer_is_refused(config):
     run_capture(replace(config, max_sequences=1, out=config.out + ".other"))
     place = Directory(Path(config.out + ".other"))
-    with place.lock("rank-0"), pytest.raises(StoreError, match="is being written by another process"):
-        with place.lock("rank-0"):
-            pass
+    with (
+        place.lock("rank-0"),
+        pytest.raises(StoreError, match="is being written by another process"),
+        place.lock("rank-0"),
+    ):
+        pass
 
 
 def test_a_store_that_is_being_written_is_not_written_twice(long, monkeypatch):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from capture import schema
-from capture.open_files import ADVICE_BYTES, FileCache
+from capture.open_files import ADVICE_BYTES, FileCache, OpenFile
 from capture.row_files import RowFiles, array_layout
 from capture.schema import Layout
 from capture.shards import ABSENT, ShardEncoder
@@ -240,6 +240,17 @@ def test_chunks_in_another_order_are_found_by_the_index(directory, values):
     assert np.array_equal(taken(files_of(directory), [900, 3], check=False), values[[900, 3]])
 
 
+@pytest.mark.parametrize("endian", ["little", "big"])
+def test_codecs_that_are_not_ours_are_no_layout(intact, endian):
+    metadata = json.loads((intact / "zarr.json").read_text())
+    metadata["codecs"][0]["configuration"]["codecs"][0]["configuration"]["endian"] = endian
+    if endian == "little":
+        assert array_layout(metadata).indexed
+        metadata["codecs"][0]["configuration"]["codecs"].append({"name": "gzip"})
+    with pytest.raises(ValueError, match="other codecs or chunk keys"):
+        array_layout(metadata)
+
+
 @pytest.mark.parametrize("check", [True, False])
 def test_a_chunk_that_was_never_written_is_an_error_not_a_number(directory, check):
     rewrite_index(directory / "c.0.0.0", lambda table: table[1].fill(ABSENT))
@@ -298,8 +309,9 @@ def test_reads_that_return_early_are_continued(intact, values, monkeypatch):
     assert np.array_equal(taken(files, [2000, 5, 6, 2599]), values[[2000, 5, 6, 2599]])
 
 
-def advice(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Collects the (offset, size) of each request."""
+def advice(monkeypatch: pytest.MonkeyPatch, *, in_memory: bool = False) -> list[tuple[int, int]]:
+    """Collects the (offset, size) of each request; to whom asks, all of a file is in memory, or nothing."""
+    monkeypatch.setattr(OpenFile, "in_memory", lambda file, offset: in_memory)
     asked: list[tuple[int, int]] = []
 
     def posix_fadvise(descriptor: int, offset: int, size: int, what: int) -> None:
@@ -321,6 +333,37 @@ def test_scattered_rows_are_asked_for_at_once_and_neighbours_together(intact, mo
     asked.clear()
     files_of(intact).prefetch(np.array([3]), check=True)
     assert asked == [(0, STORED)], "the whole chunk, which will be checked"
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_what_is_in_memory_is_not_asked_for(intact, monkeypatch, check):
+    asked = advice(monkeypatch, in_memory=True)
+    files_of(intact).prefetch(np.array([3, 5, 700, 2000]), check=check)
+    assert asked == []
+
+
+def test_whether_the_disk_is_needed_is_found_without_waiting_for_it(intact, monkeypatch):
+    file = OpenFile(str(intact / "c.0.0.0"))
+    real, flags = os.preadv, []
+
+    def preadv(descriptor: int, buffers: Any, offset: int, flag: int = 0) -> int:
+        flags.append(flag)
+        return real(descriptor, buffers, offset)
+
+    def busy(*_: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("capture.open_files.NO_WAIT", 8)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert file.in_memory(0)
+    assert not file.in_memory(10**9)
+    assert flags == [8, 8]
+    monkeypatch.setattr(os, "preadv", busy)
+    assert not file.in_memory(0)
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr("capture.open_files.NO_WAIT", 0)
+    assert not file.in_memory(0)
+    assert len(flags) == 2
 
 
 def test_long_requests_are_made_in_parts_that_the_kernel_grants(tmp_path, monkeypatch):

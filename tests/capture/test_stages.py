@@ -8,6 +8,15 @@ import pytest
 from capture.stages import Stage
 
 
+def waiting(gate: threading.Event) -> None:
+    gate.wait()
+
+
+def feed(stage: Stage[int], jobs: range) -> None:
+    for job in jobs:
+        stage.put(job)
+
+
 def test_jobs_are_worked_in_order_and_all_before_close_returns():
     done: list[int] = []
     stage = Stage(done.append, depth=2, name="test")
@@ -19,7 +28,7 @@ def test_jobs_are_worked_in_order_and_all_before_close_returns():
 
 def test_no_more_jobs_wait_than_the_depth():
     gate, handed = threading.Event(), []
-    stage = Stage(lambda _: gate.wait(), depth=2, name="test")
+    stage: Stage[int] = Stage(lambda _: waiting(gate), depth=2, name="test")
 
     def feed():
         for job in range(6):
@@ -47,8 +56,7 @@ def test_an_error_reaches_the_feeder_and_nothing_after_it_is_worked():
 
     stage = Stage(work, depth=1, name="test")
     with pytest.raises(OSError, match="Input/output error"):
-        for job in range(100):
-            stage.put(job)
+        feed(stage, range(100))
     with pytest.raises(OSError, match="Input/output error"):
         stage.close()
     assert done == [0, 1, 2]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from capture import open_store, run_capture
 from capture import manifest as manifests
+from capture import open_store, run_capture
 from capture.manifest import MANIFEST
 from capture.shards import shard_digest
 from capture.verify import verify_files, verify_rows, verify_store
@@ -125,7 +125,8 @@ def changed_consistently(store, hook, row, value):
         data = (root / "acts" / name / f"c.{shard}.0").read_bytes()
         step = 16 * 32 * 4 + 4
         checksums[f"acts/{name}"] = [
-            int.from_bytes(data[(number + 1) * step - 4 : (number + 1) * step], "little") for number in range(4)
+            int.from_bytes(data[(number + 1) * step - 4 : (number + 1) * step], "little")
+            for number in range(4)
         ]
     for path in (root / "rows").iterdir():
         if path.is_dir():
@@ -141,7 +142,9 @@ def test_a_wrong_activation_with_right_checksums_is_found_by_recomputing(store):
     changed_consistently(store, store.hooks[1], 130, np.full(32, 0.5, np.float32))
     again = open_store(store.path)
     verify_files(again)
-    with pytest.raises(StoreError, match=rf"{store.hooks[1]} of row 130 at \[0\] is 0\.5 and was recomputed as"):
+    with pytest.raises(
+        StoreError, match=rf"{store.hooks[1]} of row 130 at \[0\] is 0\.5 and was recomputed as"
+    ):
         verify_rows(again, None, batches=100)
 
 
@@ -167,7 +170,9 @@ def test_the_weights_of_another_model_are_refused(store, tmp_path, config):
         next(model.parameters())[0, 0] += 1
     model.save_pretrained(tmp_path / "other")
     load_tokenizer(config.model).save(tmp_path / "other")
-    with pytest.raises(StoreError, match=r"was captured with weights_sha256 .* name the model of the store with --model"):
+    with pytest.raises(
+        StoreError, match=r"was captured with weights_sha256 .* name the model of the store with --model"
+    ):
         verify_rows(store, str(tmp_path / "other"), batches=1)
 
 

@@ -1,134 +1,210 @@
-"""The writer takes exactly the planned rows, and the manifest never speaks of data that is not there."""
+"""The writer's files are those of zarr-python, and the manifest never speaks of data that is not there."""
 
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+import zarr
 
-from capture import open_store
-from capture.schema import CHUNK_ROWS, ROW_COLUMNS, SHARD_ROWS, Layout
-from capture.statistics import RunningMoments
-from capture.writer import StoreWriter
-from mdlm_interp.errors import StoreError
+from capture import open_store, run_capture
+from capture.begin import begin
+from capture.manifest import ResumePoint
+from capture.places import Directory
+from capture.schema import ROW_COLUMNS, SEQUENCE_COLUMNS, Layout
+from capture.writer import Rows, StoreWriter
+from mdlm_interp.errors import StoreError, WriteError
 
 HOOK = "hook_embed"
+LENGTH = 7
+LAYOUT = Layout(shapes={HOOK: (3,)}, length=LENGTH, shard_rows=16)
+ATTRIBUTES = {"config": {"arithmetic": "exact", "positions": "all"}, "provenance": {}}
 
 
-def writer(root: Path, n_sequences: int = 10, length: int = 7) -> StoreWriter:
-    t = np.linspace(0, 1, n_sequences)
-    sequences = {
-        "t": t,
-        "sigma": t,
-        "seed": np.zeros(n_sequences, np.uint64),
-        "source": np.zeros(n_sequences, np.int64),
-        "offset": np.zeros(n_sequences, np.int64),
-    }
-    layout = Layout(shapes={HOOK: (3,)}, n_sequences=n_sequences, length=length)
-    return StoreWriter(root, layout, attributes={"config": {}, "provenance": {}}, sequences=sequences)
-
-
-def columns(start: int, stop: int, length: int = 7) -> dict[str, torch.Tensor]:
-    rows = torch.arange(start, stop)
-    masked = rows % 2 == 0
-    return {
-        "seq": rows // length,
-        "pos": rows % length,
-        "x0": rows,
-        "xt": rows,
-        "is_masked": masked,
-        "doc": rows,
-    }
-
-
-def acts(start: int, stop: int) -> dict[str, torch.Tensor]:
-    return {HOOK: torch.arange(start, stop)[:, None] + torch.tensor([0.0, 0.25, 0.5])}
-
-
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capture.schema.CHUNK_ROWS", 4)
-    monkeypatch.setattr("capture.schema.SHARD_ROWS", 16)
 
 
-@pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize(
-    "cuts", [[70], [1, 2, 70], [16, 32, 70], [15, 17, 33, 70], [50, 70], list(range(71))]
-)
+def writer(root: Path, planned: int = 70) -> StoreWriter:
+    place = Directory(root)
+    return StoreWriter(place, LAYOUT, begin(place, LAYOUT, ATTRIBUTES, planned, 0, 1))
+
+
+def opened(store: Path, mode: Literal["r", "r+"] = "r") -> Any:
+    """A store as anybody sees it; zarr's types do not tell groups from arrays."""
+    return zarr.open_group(store, mode=mode)
+
+
+def write(building: StoreWriter, *portions: Rows) -> None:
+    for portion in portions:
+        building.append(portion)
+    building.close()
+
+
+def acts(start: int, stop: int) -> torch.Tensor:
+    return torch.arange(start, stop)[:, None] + torch.tensor([0.0, 0.25, 0.5])
+
+
+def rows(start: int, stop: int) -> Rows:
+    """Whole sequences of seven rows."""
+    number = np.arange(start, stop)
+    values = {
+        "seq": number // LENGTH,
+        "pos": number % LENGTH,
+        "x0": number,
+        "xt": number,
+        "is_masked": number % 2 == 0,
+        "doc": number,
+    }
+    sequences = np.arange(start // LENGTH, stop // LENGTH)
+    columns = {
+        name: np.zeros((len(sequences), *((LENGTH,) if column.per_position else ())), column.dtype)
+        for name, column in SEQUENCE_COLUMNS.items()
+    }
+    return Rows(
+        start=start,
+        acts={HOOK: acts(start, stop)},
+        columns=values,
+        t=(number // LENGTH) / 10,
+        first_sequence=start // LENGTH,
+        sequences={**columns, "row": sequences * LENGTH},
+        resume=ResumePoint(row=start),
+    )
+
+
+@pytest.mark.parametrize("cuts", [[70], [7, 14, 70], [21, 42, 63, 70], list(range(7, 71, 7))])
 def test_rows_are_the_same_however_they_are_appended(tmp_path, cuts):
     building = writer(tmp_path / "a.zarr")
     for start, stop in zip([0, *cuts], cuts, strict=False):
-        building.append(acts(start, stop), columns(start, stop))
-    building.finish()
+        building.append(rows(start, stop))
+    building.close()
     store = open_store(tmp_path / "a.zarr")
-    assert torch.equal(store.read(slice(None))[HOOK], acts(0, 70)[HOOK])
-    assert torch.equal(store.coords(slice(None))["pos"], torch.arange(70) % 7)
-    assert [shard.rows for shard in store.manifest.shards] == [
-        (0, 16),
-        (16, 32),
-        (32, 48),
-        (48, 64),
-        (64, 70),
+    assert torch.equal(store.read(slice(None))[HOOK], acts(0, 70))
+    assert torch.equal(store.coords(slice(None))["pos"], torch.arange(70) % LENGTH)
+    found = [(shard.rows, shard.sequences) for shard in store.manifest.shards]
+    assert found == [
+        ((0, 16), (0, 2)),
+        ((16, 32), (2, 4)),
+        ((32, 48), (4, 6)),
+        ((48, 64), (6, 9)),
+        ((64, 70), (9, 10)),
     ]
+    count = store.statistics(HOOK).count
+    assert [int(count.sum()), int(count[1].sum())] == [70, 35]
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_a_shard_counts_only_once_its_commit_is_written(tmp_path, monkeypatch):
+VARIATIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"dtype": "float16", "hooks": ("blocks.*.attn.hook_z", "blocks.0.ln1.hook_scale")},
+    {"dtype": "bfloat16", "positions": "masked"},
+)
+
+
+def test_the_files_are_those_that_zarr_python_writes(config, tmp_path):
+    for number, changes in enumerate(VARIATIONS):
+        made = run_capture(replace(config, shard_rows=256, out=str(tmp_path / f"{number}.zarr"), **changes))
+        ours = made.path
+        again = tmp_path / f"{number}.again"
+        shutil.copytree(
+            ours, again, ignore=lambda _, names: [name for name in names if name.startswith("c.")]
+        )
+        source, target = opened(ours), opened(again, "r+")
+        compared = 0
+        for folder in ("acts", "rows", "seqs", "stats"):
+            for name, array in source[folder].members(max_depth=None):
+                if isinstance(array, zarr.Array):
+                    path = f"{folder}/{name}"
+                    target[path].with_config({"write_empty_chunks": True})[...] = array[...]
+                    files = {file.name: file.read_bytes() for file in (ours / path).iterdir()}
+                    assert files == {file.name: file.read_bytes() for file in (again / path).iterdir()}, path
+                    compared += len(files)
+        assert compared > 40
+
+
+def test_what_was_never_written_reads_as_nan_to_everybody(tmp_path):
+    building = writer(tmp_path / "a.zarr", planned=200)
+    building.append(rows(0, 14))
+    building.append(rows(14, 21))
+    building.close()
+    plain = opened(tmp_path / "a.zarr")
+    assert plain[f"acts/{HOOK}"].shape == (200, 3)
+    assert np.array_equal(plain[f"acts/{HOOK}"][:21], acts(0, 21).numpy())
+    assert np.isnan(plain[f"acts/{HOOK}"][21:]).all()
+    assert (plain["rows/x0"][21:] == -1).all()
+
+
+def test_a_capture_that_outgrows_its_forecast_tells_other_readers(tmp_path):
+    building = writer(tmp_path / "a.zarr", planned=20)
+    building.append(rows(0, 70))
+    building.close()
+    plain = opened(tmp_path / "a.zarr")
+    assert plain[f"acts/{HOOK}"].shape[0] >= 70
+    assert plain["rows/x0"].shape == (plain[f"acts/{HOOK}"].shape[0],)
+    assert np.array_equal(plain[f"acts/{HOOK}"][:70], acts(0, 70).numpy())
+
+
+def test_a_shard_counts_only_once_its_manifest_is_written(tmp_path, monkeypatch):
     building = writer(tmp_path / "a.zarr")
-    building.append(acts(0, 20), columns(0, 20))
-    assert len(open_store(tmp_path / "a.zarr")) == 14
+    building.append(rows(0, 21))
+    original = Directory.replace
+    written: list[str] = []
 
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def failing(self, path, content):
+        written.append(path)
+        if len(written) == 2:
+            raise WriteError("no space")
+        original(self, path, content)
 
-    monkeypatch.setattr("capture.writer.write_manifest", fail)
-    with pytest.raises(OSError, match="No space left"):
-        building.append(acts(20, 40), columns(20, 40))
+    monkeypatch.setattr(Directory, "replace", failing)
+    with pytest.raises(WriteError, match="no space"):
+        write(building, rows(21, 42))
+    monkeypatch.undo()
     # The second shard's files are there; nobody vouches for them.
-    assert (tmp_path / "a.zarr" / "acts" / HOOK / "c" / "1" / "0").is_file()
+    assert (tmp_path / "a.zarr" / "acts" / HOOK / "c.1.0").is_file()
     store = open_store(tmp_path / "a.zarr")
-    assert len(store) == 14
-    assert torch.equal(store.read(slice(None))[HOOK], acts(0, 14)[HOOK])
+    assert len(store) == 16
+    assert torch.equal(store.read(slice(None))[HOOK], acts(0, 16))
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_data_is_synced_before_the_manifest_that_speaks_of_it(tmp_path, monkeypatch):
-    import capture.manifest as manifest
-
-    events: list[str] = []
-    sync, replace = manifest.sync, os.replace
-
-    def noting(path: Path) -> None:
-        events.append(path.relative_to(tmp_path / "a.zarr").as_posix())
-        sync(path)
-
-    def replacing(source: Path, target: Path) -> None:
-        # zarr-python renames files of its own.
-        if target.name == manifest.MANIFEST:
-            events.append("replace")
-        replace(source, target)
-
+def test_data_is_synced_then_named_then_listed(tmp_path, monkeypatch):
     building = writer(tmp_path / "a.zarr")
-    monkeypatch.setattr(manifest, "sync", noting)
-    monkeypatch.setattr("os.replace", replacing)
-    building.append(acts(0, 16), columns(0, 16))
-    expected = {f"acts/{HOOK}/c/0/0", f"acts/{HOOK}/c/0", f"acts/{HOOK}/c", f"acts/{HOOK}"}
-    expected |= {f"rows/{name}{part}" for name in ROW_COLUMNS for part in ("/c/0", "/c", "")}
-    assert expected <= set(events[:-3])
-    assert events[-3:] == ["manifest.json.partial", "replace", "."]
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.replace
 
+    def syncing(descriptor: int) -> None:
+        target = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("sync", target.relative_to(tmp_path / "a.zarr").as_posix()))
+        fsync(descriptor)
 
-def test_more_or_fewer_rows_than_planned_are_refused(tmp_path):
-    building = writer(tmp_path / "a.zarr")
-    with pytest.raises(StoreError, match="was planned with 70 rows, and more were appended"):
-        building.append(acts(0, 71), columns(0, 71))
-    building.append(acts(0, 69), columns(0, 69))
-    with pytest.raises(StoreError, match="was planned with 70 rows, got 69"):
-        building.finish()
-    assert not open_store(tmp_path / "a.zarr").complete
+    def renaming(source: Path, target: Path) -> None:
+        events.append(("name", Path(target).relative_to(tmp_path / "a.zarr").as_posix()))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    building.append(rows(0, 14))
+    building.append(rows(14, 21))
+    while not any(name == "manifest.json" for _, name in events):
+        pass
+    building.abandon()
+    files = [f"acts/{HOOK}/c.0.0", *(f"rows/{name}/c.0" for name in ROW_COLUMNS), "pending/0.safetensors"]
+    order = {event: number for number, event in reversed(list(enumerate(events)))}
+    listed = order["name", "manifest.json"]
+    for file in files:
+        assert order["sync", file + ".partial"] < order["name", file] < listed, file
+        folder = str(Path(file).parent)
+        named_in_folder = max(
+            number for (what, name), number in order.items() if what == "name" and name == file
+        )
+        assert any(
+            what == "sync" and name == folder and named_in_folder < number < listed
+            for number, (what, name) in enumerate(events)
+        ), file
 
 
 @pytest.mark.parametrize(
@@ -143,38 +219,12 @@ def test_more_or_fewer_rows_than_planned_are_refused(tmp_path):
     ],
 )
 def test_values_are_never_converted_or_broadcast(tmp_path, values, message):
+    building = writer(tmp_path / "a.zarr")
     with pytest.raises(StoreError, match=message):
-        writer(tmp_path / "a.zarr").append({HOOK: values}, columns(0, 7))
+        write(building, replace(rows(0, 7), acts={HOOK: values}))
 
 
-@given(st.integers(1, 5000), st.integers(1, 2000))
-def test_a_shard_is_whole_chunks_and_no_larger_than_the_run_needs(n_sequences, length):
-    layout = Layout(shapes={HOOK: (3,)}, n_sequences=n_sequences, length=length)
-    assert layout.shard_rows % CHUNK_ROWS == 0
-    assert layout.shard_rows <= SHARD_ROWS
-    assert layout.shard_rows < layout.rows + CHUNK_ROWS
-    assert layout.total_bytes >= layout.rows * (12 + 41)
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
-def test_moments_of_blocks_are_the_moments_of_the_whole(sizes, seed):
-    generator = np.random.default_rng(seed)
-    total = sum(sizes)
-    values = (100 + generator.normal(size=(total, 2, 3))).astype(np.float32)
-    masked, t = generator.random(total) < 0.5, generator.random(total)
-    blocks, whole = RunningMoments((2, 3)), RunningMoments((2, 3))
-    whole.add(values, masked, t)
-    start = 0
-    for size in sizes:
-        blocks.add(values[start : start + size], masked[start : start + size], t[start : start + size])
-        start += size
-    for name, expected in whole.arrays().items():
-        np.testing.assert_allclose(blocks.arrays()[name], expected, rtol=1e-12)
-
-
-def test_the_last_time_falls_in_the_last_bin():
-    moments = RunningMoments((1,))
-    moments.add(np.ones((3, 1), np.float32), np.array([True, False, False]), np.array([1.0, 0.0, 0.1]))
-    count, mean = moments.arrays()["count"], moments.arrays()["mean"]
-    assert (count[1, 9], count[0, 0], count[0, 1], count.sum()) == (1, 1, 1, 3)
-    assert np.array_equal(np.isnan(mean[..., 0]), count == 0)
+def test_rows_out_of_order_are_refused(tmp_path):
+    building = writer(tmp_path / "a.zarr")
+    with pytest.raises(StoreError, match=r"row 14 came where 7 was due"):
+        write(building, rows(0, 7), rows(14, 21))

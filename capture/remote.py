@@ -1,0 +1,366 @@
+"""A store in an object store: `s3://bucket/prefix`, and `gs://` and `az://`, which are not tested.
+
+Every file of the store is one object, the same bytes as in a directory. An object is there whole or not at
+all, and durable once the service has acknowledged it; so a commit needs no temporary names:
+
+1. The files of a shard are kept in memory while they grow: `shard_rows` times the bytes of a row, and twice
+   that while one shard is being put and the next one is filled.
+2. They are put side by side, large ones in parts; then the manifest that lists them is put.
+3. A small file that this process has read or written before is replaced on condition that nobody else changed
+   it (If-Match), so a writer that lost its lock unawares cannot undo the commits of the next one.
+
+Locks are objects too; see `leases.py`. The service must know conditional writes, as S3 itself, MinIO, R2, Google
+and Azure do. A process killed while it puts an object in parts leaves parts that nobody sees and somebody
+pays for; a lifecycle rule for incomplete multipart uploads removes them.
+
+Zarr and obstore have threads of their own, which a forked process lacks: open the store in each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import MemoryStore, S3Store, from_url
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import ObjectStore as ZarrObjectStore
+
+from capture.leases import Lease, holder_of, insist, version_of
+from capture.places import LOCK, Draft
+from capture.remote_errors import reason
+from capture.shards import Piece
+from mdlm_interp.errors import ConfigError, MdlmError, StoreError, WriteError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+SCHEMES = ("s3", "gs", "az")
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+CREATING = "create"
+"""Name of the lock of the process that makes the store's first files."""
+GROUP = "zarr.json"
+"""The file that is put last of these: with it the store is there."""
+
+PUTS = 8
+"""Objects that are put, or removed, at a time."""
+PART_BYTES = 2**23
+"""Larger objects are put in parts of this size."""
+PARTS = 4
+"""Parts of one object that are put at a time."""
+
+PATIENCE_S = 60.0
+"""Seconds for which a request is tried again when the service does not answer or is overloaded."""
+REQUEST_S = 60.0
+"""Seconds that one request may take; a part must pass in them."""
+FIRST_PATIENCE_S = 5.0
+"""The same for the very first request: an address that is wrong should say so soon."""
+
+
+class ObjectStore:
+    """A store under a prefix of a bucket; see `Place`.
+
+    Args:
+        store: An obstore, or the URL of one.
+        endpoint: URL of an S3-compatible service; none takes AWS_ENDPOINT_URL, or Amazon's.
+        name: What messages call it; none takes the URL.
+    Raises:
+        ConfigError: If the URL or the endpoint cannot be right.
+        StoreError: If the service cannot be reached, or refuses us.
+    """
+
+    def __init__(self, store: Any, *, endpoint: str | None = None, name: str | None = None) -> None:
+        self.name = str(store if name is None else name).rstrip("/")
+        self.endpoint = endpoint
+        if isinstance(store, str):
+            connect = _connection(store, endpoint)
+            with self._errors(StoreError, "reached"):
+                for _ in obstore.list(connect(patience_s=FIRST_PATIENCE_S), chunk_size=1):
+                    break
+            store = connect(patience_s=PATIENCE_S)
+        self._store = store
+        self._versions: dict[str, Mapping[str, Any]] = {}
+        """Of the files that were read or replaced, when that was last done."""
+        self._leases: list[Lease] = []
+        """Locks that are held."""
+
+    def exists(self) -> bool:
+        """Whether anything is there, but for what a creation that has not ended has put."""
+        names = self.names()
+        if CREATING + LOCK in names and GROUP not in names:
+            return False
+        with self._errors(StoreError, "read"):
+            return any(map(len, obstore.list(self._store, chunk_size=1)))
+
+    @contextmanager
+    def create(self, tag: str) -> Iterator[ObjectStore]:
+        """Make the files in memory, then put them, the group's own zarr.json last and only if there is none."""
+        made = ObjectStore(MemoryStore(), name=self.name)
+        yield made
+        with self._locked(CREATING, wait=True) as lease:
+            there = [path for path in self.files() if path != CREATING + LOCK]
+            if GROUP in there or (there and not lease.overtaken):
+                return
+            paths = [path for path in made.files() if path != GROUP]
+            try:
+                # Of the process that left its lock behind; it may have been asked for another store.
+                self._each(self._delete, there)
+                self._each(partial(self._copy, made), paths)
+                lease.check()
+                with suppress(AlreadyExistsError):
+                    self._copy(made, GROUP, mode="create")
+            except BaseException:
+                self._each(self._delete, paths)
+                raise
+
+    def zarr_store(self) -> Store:
+        """Zarr's own store over the bucket."""
+        return _ZarrStore(self._store, self._errors)
+
+    def draft(self, path: str) -> MemoryDraft:
+        """A file that is kept in memory until it is published."""
+        return MemoryDraft(path)
+
+    def publish(self, drafts: Sequence[Draft]) -> None:
+        """Put all; a name never leads to a part of a file."""
+        self._check_leases()
+
+        def put(draft: Draft) -> None:
+            assert isinstance(draft, MemoryDraft)
+            large = len(draft.content) > PART_BYTES
+            obstore.put(
+                self._store,
+                draft.path,
+                draft.content,
+                use_multipart=large,
+                chunk_size=PART_BYTES,
+                max_concurrency=PARTS,
+            )
+
+        with self._errors(WriteError, "written"):
+            self._each(put, drafts)
+
+    def replace(self, path: str, content: bytes) -> None:
+        """Put a file, on condition that nobody else changed it since we knew it.
+
+        Raises:
+            StoreError: If another process did.
+        """
+        self._check_leases()
+        mode: Any = self._versions.get(path, "overwrite")
+        with self._errors(WriteError, "written"):
+            try:
+                put = partial(obstore.put, self._store, path, content, mode=mode, use_multipart=False)
+                self._versions[path] = version_of(insist(put))
+            except (PreconditionError, AlreadyExistsError):
+                # Also what is said of a put that is sent again because the answer to the first was lost.
+                if self.read(path) != content:
+                    raise StoreError(
+                        f"{self.name}/{path} was changed by another process, which took this store over; what it "
+                        f"commits stays"
+                    ) from None
+
+    def read(self, path: str) -> bytes | None:
+        """A file's content, or None if there is no such file."""
+        with self._errors(StoreError, "read"):
+            try:
+                result = obstore.get(self._store, path)
+                content = bytes(result.bytes())
+            except FileNotFoundError:
+                self._versions.pop(path, None)
+                return None
+            self._versions[path] = version_of(result.meta)
+            return content
+
+    def names(self, directory: str = "") -> list[str]:
+        """Names of the files in a directory, sorted."""
+        with self._errors(StoreError, "read"):
+            found = obstore.list_with_delimiter(self._store, directory or None)["objects"]
+            return sorted(str(entry["path"]).rpartition("/")[2] for entry in found)
+
+    def files(self) -> list[str]:
+        """Paths of all files, sorted."""
+        return self._below("")
+
+    def remove(self, path: str) -> None:
+        """Remove a file or all files of a directory; the lock of another process that lives stays."""
+        self._check_leases()
+        if path.endswith(LOCK):
+            with self._errors(StoreError, "read"):
+                holder = holder_of(self._store, path)
+                if holder is None or not holder.is_gone():
+                    return
+        with self._errors(WriteError, "written"):
+            self._each(self._delete, [*self._below(path), path])
+
+    def sync(self) -> None:
+        """Nothing: what the service acknowledged is durable."""
+
+    def sweep(self) -> None:
+        """Nothing: no file is ever there half written."""
+
+    @contextmanager
+    def lock(self, name: str, *, wait: bool = False) -> Iterator[None]:
+        """A lease, which is renewed as long as this process lives; see `leases.py`."""
+        with self._locked(name, wait=wait):
+            yield
+
+    def free_bytes(self) -> int | None:
+        """None: there is no telling."""
+        return None
+
+    @contextmanager
+    def _locked(self, name: str, *, wait: bool) -> Iterator[Lease]:
+        lease = Lease(self._store, name + LOCK, self.name)
+        lease.acquire(wait=wait, errors=lambda: self._errors(WriteError, "written"))
+        self._leases.append(lease)
+        try:
+            yield lease
+        finally:
+            self._leases.remove(lease)
+            lease.release()
+
+    def _check_leases(self) -> None:
+        for lease in tuple(self._leases):
+            lease.check()
+
+    def _below(self, directory: str) -> list[str]:
+        with self._errors(StoreError, "read"):
+            return sorted(
+                str(entry["path"])
+                for block in obstore.list(self._store, directory or None)
+                for entry in block
+            )
+
+    def _copy(self, made: ObjectStore, path: str, mode: Any = "overwrite") -> None:
+        with self._errors(WriteError, "written"):
+            obstore.put(self._store, path, made.read(path) or b"", mode=mode, use_multipart=False)
+
+    def _delete(self, path: str) -> None:
+        self._versions.pop(path, None)
+        try:
+            obstore.delete(self._store, path)
+        except FileNotFoundError:  # S3 does not say so, others do
+            pass
+
+    def _each(self, function: Callable[[Any], None], items: Sequence[Any]) -> None:
+        with ThreadPoolExecutor(PUTS) as pool:
+            for _ in pool.map(function, items):
+                pass
+
+    @contextmanager
+    def _errors(self, kind: type[MdlmError], what: str) -> Iterator[None]:
+        """Tell in one line why the service did not do as it was asked."""
+        try:
+            yield
+        except (AlreadyExistsError, PreconditionError):
+            raise  # an answer, and no failure
+        except (BaseError, FileNotFoundError) as error:
+            raise kind(f"{self.name} cannot be {what}: {reason(error, self.name, self.endpoint)}") from error
+
+
+class MemoryDraft:
+    """A file of an `ObjectStore` that is not published yet."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.content = bytearray()
+
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """Append the pieces."""
+        for piece in pieces:
+            self.content += memoryview(piece).cast("B")
+
+
+class _ZarrStore(ZarrObjectStore[Any]):
+    """Zarr's object store with errors in one line."""
+
+    def __init__(self, store: Any, errors: Callable[..., Any], *, read_only: bool = False) -> None:
+        super().__init__(store, read_only=read_only)
+        self._told = errors
+
+    def with_read_only(self, read_only: bool = False) -> _ZarrStore:
+        return _ZarrStore(self.store, self._told, read_only=read_only)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        with self._told(StoreError, "read"):
+            return await super().get(key, prototype, byte_range)
+
+    async def exists(self, key: str) -> bool:
+        with self._told(StoreError, "read"):
+            return await super().exists(key)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        with self._told(WriteError, "written"):
+            await super().set(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        with self._told(WriteError, "written"):
+            await super().set_if_not_exists(key, value)
+
+    async def delete(self, key: str) -> None:
+        with self._told(WriteError, "written"):
+            await super().delete(key)
+
+
+def _connection(url: str, endpoint: str | None) -> Callable[..., Any]:
+    """Makes the obstore of a URL, given how long requests are tried again.
+
+    Raises:
+        ConfigError: If the URL or the endpoint cannot be right.
+    """
+    parts = urlsplit(url)
+    scheme, bucket, prefix = parts.scheme, parts.netloc, parts.path.strip("/")
+    if scheme not in SCHEMES:
+        raise ConfigError(f"{url} is of an unknown kind; give a directory, or an s3://, gs:// or az:// URL")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", bucket):
+        raise ConfigError(f"{url} names no bucket; give {scheme}://BUCKET/PREFIX")
+    # A question mark or a hash would end the path unnoticed, and an empty or dotted part has no one meaning.
+    if parts.query or parts.fragment or re.search(r"[?#%\\\x00-\x1f]|(^|/)(|\.|\.\.)(/|$)", prefix or "x"):
+        raise ConfigError(
+            f"{url} has a prefix with an empty part, '.', '..', or one of ? # % \\; choose a plainer one"
+        )
+    options: dict[str, Any] = {}
+    if scheme == "s3":
+        chosen = endpoint or next(filter(None, map(os.environ.get, ENDPOINT_VARIABLES)), None)
+        if chosen is not None:
+            _check_endpoint(chosen)
+            # Otherwise a variable for S3 alone would win over the option.
+            options = {"endpoint": chosen, "aws_endpoint_url_s3": chosen}
+    elif endpoint is not None:
+        raise ConfigError(f"endpoint {endpoint} is for s3:// URLs, got {url}")
+    allow_http = str(options.get("endpoint", "")).startswith("http://")
+
+    def connect(*, patience_s: float) -> Any:
+        client: ClientConfig = {
+            "allow_http": allow_http,
+            "connect_timeout": timedelta(seconds=min(5, patience_s)),
+            "timeout": timedelta(seconds=REQUEST_S if patience_s > FIRST_PATIENCE_S else patience_s),
+        }
+        retry: RetryConfig = {
+            "max_retries": 10 if patience_s > FIRST_PATIENCE_S else 1,
+            "retry_timeout": timedelta(seconds=patience_s),
+        }
+        if scheme == "s3":
+            return S3Store(
+                bucket, prefix=prefix or None, client_options=client, retry_config=retry, **options
+            )
+        return from_url(f"{scheme}://{bucket}/{prefix}", client_options=client, retry_config=retry)
+
+    return connect
+
+
+def _check_endpoint(endpoint: str) -> None:
+    if not re.fullmatch(r"https?://[A-Za-z0-9._-]+(:\d{1,5})?(/[\w./-]*)?", endpoint):
+        raise ConfigError(f"endpoint must be a URL such as https://minio.example.org:9000, got {endpoint!r}")
