@@ -17,8 +17,6 @@ from mdlm_interp.config_args import parse_args
 from mdlm_interp.errors import ConfigError, StoreError, WriteError
 from mdlm_interp.program import invocation
 
-FINGERPRINT_SHOWN = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig:
@@ -28,6 +26,8 @@ class InfoConfig:
     """Directory or URL of the store."""
     endpoint: str | None = None
     """URL of an S3-compatible service, for an s3:// store; none takes AWS_ENDPOINT_URL, or Amazon's own."""
+    fingerprint: bool = False
+    """Whether to read every row and print the SHA-256 of all that the store holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,6 @@ def run(argv: Sequence[str]) -> int:
     if bad:
         print(f"warning: {bad:,} activations are infinite or not a number", file=sys.stderr)
     if store.complete:
-        print(f"fingerprint {store.fingerprint()[:FINGERPRINT_SHOWN]}")
         endpoint = f" --endpoint {config.endpoint}" if config.endpoint else ""
         print(f"next: {invocation()} capture info {store.name}{endpoint}")
     return 0
@@ -96,6 +95,8 @@ def info(argv: Sequence[str]) -> int:
             print(title)
         for line in lines:
             print(f"  {line}")
+    if config.fingerprint:
+        print(f"fingerprint {store.fingerprint()}")
     return 0
 
 

@@ -33,8 +33,7 @@ def test_run_says_what_was_written_and_what_comes_next(config, capsys):
         f"{bytes_text(store.bytes_on_disk)}, complete"
     )
     assert re.fullmatch(r"took \d+\.\d s", lines[1])
-    assert lines[2] == f"fingerprint {store.fingerprint()[:16]}"
-    assert re.fullmatch(rf"next: \S.* capture info {re.escape(config.out)}", lines[3])
+    assert re.fullmatch(rf"next: \S.* capture info {re.escape(config.out)}", lines[2])
     # No bar is drawn where stderr is no terminal; the forecast is worth a line in a log.
     assert re.fullmatch(
         rf"{re.escape(config.out)}: about 72 rows of 3 sequences, \d+\.\d (kB|MB), about \d+ s",
@@ -67,6 +66,15 @@ def test_info_describes_the_store(config, capsys):
     assert f"weights sha256 {store.provenance['weights_sha256']}" in out
     assert f"text {config.files[1]}, {config.files[1].stat().st_size:,} bytes, sha256" in out
     assert "native arithmetic on cpu, batches of 16 x 24" in out
+
+
+def test_info_reads_everything_for_the_fingerprint_only_when_asked(config, capsys):
+    run(arguments(config))
+    capsys.readouterr()
+    info([config.out])
+    assert "fingerprint" not in capsys.readouterr().out
+    info([config.out, "--fingerprint"])
+    assert f"fingerprint {open_store(config.out).fingerprint()}\n" in capsys.readouterr().out
 
 
 def test_verify_says_what_was_checked(config, capsys):
