@@ -74,16 +74,19 @@ def _expected_blocks(config: CaptureConfig, tokenizer: Tokenizer) -> float:
     return tokens / inner
 
 
-def refuse_full_disk(place: Place, expected: Forecast) -> None:
-    """Raise StoreError if the disk has no room for the store."""
+def refuse_full_disk(place: Place, expected: Forecast, committed_rows: int) -> None:
+    """Raise StoreError if the disk has no room for what is missing of the store."""
     free = place.free_bytes()
-    if free is None or expected.size <= free * DISK_MARGIN:
+    missing = max(0, expected.rows - committed_rows)
+    needed = int(missing * expected.row_size)
+    if free is None or needed <= free * DISK_MARGIN:
         return
-    fits = int(free * 0.9 / expected.row_size)
-    remedy = f"lower --max-rows to {fits:,}, " if fits else ""
+    fits = committed_rows + int(free * 0.9 / expected.row_size)
+    more = "more " if committed_rows else ""
+    remedy = f"lower --max-rows to {fits:,}, " if fits and not committed_rows else "free some space, "
     raise StoreError(
-        f"{place.name} needs {bytes_text(expected.size)} for {expected.rows:,} rows and its disk has "
-        f"{bytes_text(free)} free; {remedy}record fewer hooks, choose another --out, or start anyway with --any-disk"
+        f"{place.name} needs {bytes_text(needed)} for {missing:,} {more}rows and its disk has {bytes_text(free)} "
+        f"free; {remedy}record fewer hooks, choose another --out, or start anyway with --any-disk"
     )
 
 

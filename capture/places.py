@@ -137,7 +137,7 @@ class Directory:
         """Make the store beside its path and rename it, so that it is never seen half made."""
         root = self.root.resolve()
         made = root.with_name(f"{PREFIX}{root.name}.{tag}")
-        with write_errors(self.root):
+        with write_errors(root.parent):
             try:
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir(parents=True)
@@ -185,7 +185,7 @@ class Directory:
         """A file's content, or None if there is no such file."""
         try:
             return (self.root / path).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def names(self, directory: str = "") -> list[str]:

@@ -27,7 +27,7 @@ from capture import manifest as manifests
 from capture import schema
 from capture.begin import begin
 from capture.config import CaptureConfig
-from capture.finish import done_name, finish
+from capture.finish import done_name, finish, joined_manifest
 from capture.forecast import duration, forecast, refuse_full_disk
 from capture.forward import Forward
 from capture.places import Place, place_of
@@ -37,7 +37,7 @@ from capture.reader import ActivationStore, open_store
 from capture.writer import Rows, StoreWriter
 from mdlm_interp.checkpoints import resolve_source
 from mdlm_interp.documents import expand_files
-from mdlm_interp.errors import ConfigError, DataError, HookError
+from mdlm_interp.errors import ConfigError, DataError, HookError, StoreError
 from mdlm_interp.hooks import select_names
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
@@ -79,7 +79,7 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
     request = prepared(config)
     expected = forecast(request.config, request.tokenizer, request.layout)
     if not config.any_disk:
-        refuse_full_disk(place, expected)
+        refuse_full_disk(place, expected, committed_rows(place))
     forward = forward_of(request.model, list(request.layout.shapes), request.config)
     if progress and request.rank == 0:
         hours = expected.rows / rows_per_second(forward, request.first) / 3600 / request.world_size
@@ -232,6 +232,14 @@ def forward_of(model: HookedMDLM, hooks: Sequence[str], config: CaptureConfig) -
 
         model = Oracle(model).model
     return Forward(model, hooks, together=config.pack == "blocks")
+
+
+def committed_rows(place: Place) -> int:
+    """Rows that are in the store already, if there is one."""
+    try:
+        return joined_manifest(place).committed_rows if place.exists() else 0
+    except StoreError:  # something else is there, which `begin` refuses
+        return 0
 
 
 def rows_per_second(forward: Forward, batch: Batch) -> float:

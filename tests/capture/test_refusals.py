@@ -8,7 +8,7 @@ import pytest
 
 from capture import run_capture
 from mdlm_interp import load_tokenizer
-from mdlm_interp.errors import ConfigError, DataError, HookError, OutputExistsError, StoreError
+from mdlm_interp.errors import ConfigError, DataError, HookError, OutputExistsError, StoreError, WriteError
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
@@ -93,6 +93,24 @@ def test_a_store_that_the_disk_cannot_hold_is_refused_before_writing(config, mon
     assert not Path(config.out).exists()
 
 
+def test_what_is_committed_already_needs_no_more_room(config, monkeypatch):
+    run_capture(config)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
+    assert run_capture(config).complete
+
+
+def test_a_directory_that_may_not_be_written_is_one_line(config, monkeypatch):
+    def refusing(self, *args, **kwargs):
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refusing)
+    with pytest.raises(
+        WriteError, match="cannot be written: Read-only file system; choose a directory that you may"
+    ):
+        run_capture(config)
+
+
 def test_a_full_disk_does_not_stop_who_insists(config, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
@@ -142,7 +160,7 @@ def test_a_config_that_cannot_be_meant_is_refused(config, changes, message):
             DataError,
             "no sequence of length 24 with all positions fits the text and max_rows 5",
         ),
-        ({"out": "ftp://host/run.zarr"}, StoreError, "ftp://host/run.zarr is of an unknown kind"),
+        ({"out": "ftp://host/run.zarr"}, ConfigError, "ftp://host/run.zarr is of an unknown kind"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(config, changes, error, message):
