@@ -11,6 +11,7 @@ from mdlm_interp.lazy_exports import lazily
 
 if TYPE_CHECKING:
     from capture.config import CaptureConfig
+    from capture.iteration import ShuffledRows
     from capture.reader import ActivationStore, open_store
     from capture.run import run_capture
     from capture.verify import verify_store
@@ -23,7 +24,8 @@ else:
             "run_capture": "capture.run",
             "verify_store": "capture.verify",
             "ActivationStore": "capture.reader",
+            "ShuffledRows": "capture.iteration",
         },
     )
 
-__all__ = ["open_store", "CaptureConfig", "run_capture", "verify_store", "ActivationStore"]
+__all__ = ["open_store", "CaptureConfig", "run_capture", "verify_store", "ActivationStore", "ShuffledRows"]

@@ -9,9 +9,9 @@ import zarr
 
 from capture import manifest as manifests
 from capture import schema
-from capture.finish import joined_manifest
 from capture.manifest import MANIFEST, Manifest
 from capture.places import Place
+from capture.store_files import read_manifest
 from mdlm_interp.errors import OutputExistsError, StoreError
 
 SAME_STACK = ("device", "threads", "cpu", "versions.torch", "versions.numpy")
@@ -46,7 +46,7 @@ def begin(
             f"{place.name} exists and is another program's; choose another --out, or remove it first"
         )
     manifests.check_version(header.get("schema_version"), f"{place.name}/zarr.json")
-    refuse_another(place.name, header, attributes, complete=joined_manifest(place).complete)
+    refuse_another(place.name, header, attributes, complete=read_manifest(place).complete)
     own = place.read(manifests.rank_manifest(rank, world_size))
     if own is None and (whole := place.read(MANIFEST)) is not None:
         manifest = manifests.from_bytes(whole, f"{place.name}/{MANIFEST}")

@@ -11,23 +11,21 @@ Each step can be done again from the start, so a kill between them loses nothing
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from safetensors.numpy import load
 
 from capture import manifest as manifests
 from capture import schema
-from capture.manifest import MANIFEST, Manifest
+from capture.manifest import MANIFEST
 from capture.metadata import set_rows
 from capture.places import LOCK, Place
 from capture.statistics import RunningMoments
-from capture.writer import PENDING
+from capture.store_files import StoreFiles, read_manifest
 from mdlm_interp.errors import StoreError
 
 DONE = "done"
@@ -42,12 +40,12 @@ def done_name(rank: int, world_size: int) -> str:
 def finish(place: Place, layout: schema.Layout, *, world_size: int, rows: int) -> bool:
     """Complete the store if every rank is done; whether it is complete now."""
     names = place.names()
-    if MANIFEST in names and joined_manifest(place).complete:
+    if MANIFEST in names and read_manifest(place).complete:
         _clean(place)
         return True
     if any(done_name(rank, world_size) not in names for rank in range(world_size)):
         return False
-    whole = joined_manifest(place)
+    whole = read_manifest(place)
     if whole.committed_rows != rows:
         raise StoreError(
             f"{place.name}: {rows} rows were made and {whole.committed_rows} are committed; run again"
@@ -58,31 +56,14 @@ def finish(place: Place, layout: schema.Layout, *, world_size: int, rows: int) -
     for parent in ("seqs", "stats"):
         place.remove(parent)
         group.require_group(parent)
-    _write_sequences(place, group, whole, layout.length)
-    _write_statistics(place, group, whole, layout)
+    files = StoreFiles(place)
+    _write_sequences(files, group, layout.length)
+    _write_statistics(files, group, layout)
     place.sync()
     whole = replace(whole, complete=True, planned_rows=rows, files=file_hashes(place))
     place.replace(MANIFEST, manifests.to_bytes(whole))
     _clean(place)
     return True
-
-
-def joined_manifest(place: Place) -> Manifest:
-    """What is committed by all ranks.
-
-    Raises:
-        StoreError: If there is no manifest, or one is damaged.
-    """
-    names = place.names()
-    world_size = manifests.world_size_of(names)
-    wanted = [MANIFEST]
-    if world_size is not None and MANIFEST not in names:
-        wanted = [manifests.rank_manifest(rank, world_size) for rank in range(world_size)]
-    found = [(name, place.read(name)) for name in wanted]
-    parsed = [manifests.from_bytes(data, f"{place.name}/{name}") for name, data in found if data is not None]
-    if not parsed:
-        raise StoreError(f"{place.name} has no {MANIFEST}: it is no activation store")
-    return manifests.joined(parsed)
 
 
 def file_hashes(place: Place) -> dict[str, str]:
@@ -98,29 +79,24 @@ def _is_shard(path: str) -> bool:
 
 def _temporary(path: str) -> bool:
     top = path.partition("/")[0]
-    return top == PENDING or top.startswith(("manifest.", DONE + ".")) or path.endswith(LOCK)
+    return top == schema.PENDING or top.startswith(("manifest.", DONE + ".")) or path.endswith(LOCK)
 
 
-def _pending(place: Place, manifest: Manifest) -> Iterator[Mapping[str, NDArray[Any]]]:
-    for shard in manifest.shards:
-        number = shard.rows[0] // manifest.shard_rows
-        content = place.read(f"{PENDING}/{number}.safetensors")
-        if content is None or google_crc32c.value(content) != shard.pending:
-            what = "missing" if content is None else "damaged (its checksum does not match the manifest's)"
-            raise StoreError(f"{place.name}/{PENDING}/{number}.safetensors is {what}; restore it from a copy")
-        yield load(content)
+def _pending(files: StoreFiles, names: Sequence[str]) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """Those of these arrays that each shard has, in order of the shards."""
+    return (files.pending(shard, names) for shard in files.committed())
 
 
-def _write_sequences(place: Place, group: zarr.Group, manifest: Manifest, length: int) -> None:
-    total = manifest.n_sequences
+def _write_sequences(files: StoreFiles, group: zarr.Group, length: int) -> None:
+    total = files.manifest.n_sequences
     arrays = {
         name: schema.create_sequence_array(group, name, total, length) for name in schema.SEQUENCE_COLUMNS
     }
     start = 0
     waiting: dict[str, list[NDArray[Any]]] = {name: [] for name in arrays}
     held = 0
-    for tensors in _pending(place, manifest):
-        if "seqs/row" in tensors:
+    for tensors in _pending(files, [f"seqs/{name}" for name in arrays]):
+        if tensors:
             held += len(tensors["seqs/row"])
             for name, values in waiting.items():
                 values.append(tensors[f"seqs/{name}"])
@@ -133,12 +109,15 @@ def _write_sequences(place: Place, group: zarr.Group, manifest: Manifest, length
                 waiting[name] = [joined[ready:]]
             start, held = start + ready, held - ready
     if start != total:
-        raise StoreError(f"{place.name}: {total} sequences were planned and {start} are pending; run again")
+        raise StoreError(
+            f"{files.place.name}: {total} sequences were planned and {start} are pending; run again"
+        )
 
 
-def _write_statistics(place: Place, group: zarr.Group, manifest: Manifest, layout: schema.Layout) -> None:
+def _write_statistics(files: StoreFiles, group: zarr.Group, layout: schema.Layout) -> None:
     moments = {hook: RunningMoments(shape) for hook, shape in layout.shapes.items()}
-    for tensors in _pending(place, manifest):
+    parts = [f"stats/{hook}/{part}" for hook in moments for part in ("count", "total", "square")]
+    for tensors in _pending(files, parts):
         for hook, running in moments.items():
             later = RunningMoments(layout.shapes[hook])
             for part in ("count", "total", "square"):
@@ -149,6 +128,6 @@ def _write_statistics(place: Place, group: zarr.Group, manifest: Manifest, layou
 
 
 def _clean(place: Place) -> None:
-    for path in (PENDING, *place.names()):
+    for path in (schema.PENDING, *place.names()):
         if path != MANIFEST and _temporary(path):
             place.remove(path)

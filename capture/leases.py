@@ -38,8 +38,8 @@ RENEW_S = 20.0
 POLL_S = 0.5
 """Seconds between two looks at a lock that is waited for."""
 
-TRIES = 3
-"""Times that a conditional put is tried; obstore tries again by itself only what it may do twice."""
+TRIES = 2
+"""Times that a put is tried; obstore tries again by itself, but only what may be done twice unseen."""
 
 Result = TypeVar("Result")
 
@@ -134,7 +134,7 @@ class Lease:
                 raise StoreError(
                     f"{self._name} is being written by process {holder.pid} on {holder.machine} since {holder.since}, "
                     f"last heard of {holder.age_s:.0f} s ago; wait for it, or stop it first; if it was killed, this "
-                    f"works in {max(1.0, LEASE_S - holder.age_s):.0f} s"
+                    f"works in {max(1.0, LEASE_S - holder.age_s):.0f} s, or once {self._path} is removed"
                 )
             if not told:
                 log.info("%s: waiting for process %d on %s", self._name, holder.pid, holder.machine)
@@ -151,7 +151,7 @@ class Lease:
         try:
             holder = self._holder()
             if holder is not None and holder.owner == self._owner:
-                obstore.delete(self._store, self._path)
+                insist(lambda: obstore.delete(self._store, self._path))
         except (BaseError, OSError) as error:
             # The work is done, or failed for a reason that matters more; the lock ends by itself.
             log.warning(
@@ -214,7 +214,7 @@ def insist(request: Callable[[], Result]) -> Result:
     for _ in range(TRIES - 1):
         try:
             return request()
-        except GenericError as error:
+        except (GenericError, FileNotFoundError) as error:
             log.warning("trying again: %s", str(error).partition("\n")[0])
             time.sleep(POLL_S)
     return request()

@@ -335,10 +335,10 @@ class ActivationStore:
         self, rows: Rows, hooks: str | Sequence[str] | None, *, check: bool
     ) -> dict[str, Tensor]:
         names = self._names(hooks)
-        arrays = [self._acts(name) for name in names]
         if isinstance(rows, slice):
             start, stop = self._span(rows)
-            return {name: _floats(array.read(start, stop)) for name, array in zip(names, arrays, strict=True)}
+            return {name: _floats(self._acts(name).read(start, stop)) for name in names}
+        arrays = [self._acts(name) for name in names]
         ascending, positions = self._ascending(rows)
         values = [np.empty((len(ascending), *array.row), array.dtype) for array in arrays]
         step = max(1, BLOCK_BYTES // max([_row_bytes(array) for array in arrays], default=1))
@@ -370,10 +370,10 @@ class ActivationStore:
 
     def _span(self, rows: slice) -> tuple[int, int]:
         """Both ends of a checked slice."""
-        start, stop = rows.start or 0, len(self) if rows.stop is None else rows.stop
-        if rows.step not in (None, 1):
+        start, stop = rows.start or 0, self._rows if rows.stop is None else rows.stop
+        if rows.step is not None and rows.step != 1:
             raise StoreError(f"a slice of rows must have step 1, got {rows.step}; pass range(...) instead")
-        if not 0 <= start <= self._rows or not 0 <= stop <= self._rows:
+        if not (0 <= start <= self._rows and 0 <= stop <= self._rows):
             end = stop if 0 <= start <= self._rows else start
             raise StoreError(self._out_of_range(end, f"a slice from {start} to {stop}"))
         return start, max(start, stop)
@@ -415,6 +415,8 @@ def _native(values: NDArray[Any]) -> NDArray[Any]:
 def _floats(values: NDArray[Any]) -> Tensor:
     """Stored activations as float32."""
     values = _native(values)
+    if values.itemsize == 4:
+        return torch.from_numpy(values)
     if values.dtype == np.uint16:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
     return torch.from_numpy(values).float()

@@ -62,8 +62,10 @@ PATIENCE_S = 60.0
 """Seconds for which a request is tried again when the service does not answer or is overloaded."""
 REQUEST_S = 60.0
 """Seconds that one request may take; a part must pass in them."""
-FIRST_PATIENCE_S = 5.0
-"""The same for the very first request: an address that is wrong should say so soon."""
+BACKOFF_S = 5.0
+"""Longest pause between two tries."""
+FIRST_S = 5.0
+"""Seconds that the very first request may take, and a second try: a wrong address should say so soon."""
 
 
 class ObjectStore:
@@ -84,9 +86,9 @@ class ObjectStore:
         if isinstance(store, str):
             connect = _connection(store, endpoint)
             with self._errors(StoreError, "reached"):
-                for _ in obstore.list(connect(patience_s=FIRST_PATIENCE_S), chunk_size=1):
+                for _ in obstore.list(connect(first=True), chunk_size=1):
                     break
-            store = connect(patience_s=PATIENCE_S)
+            store = connect(first=False)
         self._store = store
         self._versions: dict[str, Mapping[str, Any]] = {}
         """Of the files that were read or replaced, when that was last done."""
@@ -96,8 +98,8 @@ class ObjectStore:
     def exists(self) -> bool:
         """Whether anything is there, but for what a creation that has not ended has put."""
         names = self.names()
-        if CREATING + LOCK in names and GROUP not in names:
-            return False
+        if names:
+            return GROUP in names or CREATING + LOCK not in names
         with self._errors(StoreError, "read"):
             return any(map(len, obstore.list(self._store, chunk_size=1)))
 
@@ -115,11 +117,13 @@ class ObjectStore:
                 # Of the process that left its lock behind; it may have been asked for another store.
                 self._each(self._delete, there)
                 self._each(partial(self._copy, made), paths)
-                lease.check()
-                with suppress(AlreadyExistsError):
-                    self._copy(made, GROUP, mode="create")
+                self._copy(made, GROUP)
+            except StoreError:
+                raise  # another process was faster after all, and these files are its own
             except BaseException:
-                self._each(self._delete, paths)
+                with suppress(MdlmError):
+                    lease.check()
+                    self._each(self._delete, paths)
                 raise
 
     def zarr_store(self) -> Store:
@@ -137,14 +141,8 @@ class ObjectStore:
         def put(draft: Draft) -> None:
             assert isinstance(draft, MemoryDraft)
             large = len(draft.content) > PART_BYTES
-            obstore.put(
-                self._store,
-                draft.path,
-                draft.content,
-                use_multipart=large,
-                chunk_size=PART_BYTES,
-                max_concurrency=PARTS,
-            )
+            options: Any = {"use_multipart": large, "chunk_size": PART_BYTES, "max_concurrency": PARTS}
+            insist(partial(obstore.put, self._store, draft.path, draft.content, **options))
 
         with self._errors(WriteError, "written"):
             self._each(put, drafts)
@@ -156,30 +154,16 @@ class ObjectStore:
             StoreError: If another process did.
         """
         self._check_leases()
-        mode: Any = self._versions.get(path, "overwrite")
-        with self._errors(WriteError, "written"):
-            try:
-                put = partial(obstore.put, self._store, path, content, mode=mode, use_multipart=False)
-                self._versions[path] = version_of(insist(put))
-            except (PreconditionError, AlreadyExistsError):
-                # Also what is said of a put that is sent again because the answer to the first was lost.
-                if self.read(path) != content:
-                    raise StoreError(
-                        f"{self.name}/{path} was changed by another process, which took this store over; what it "
-                        f"commits stays"
-                    ) from None
+        self._versions[path] = self._put(path, content, self._versions.get(path, "overwrite"))
 
     def read(self, path: str) -> bytes | None:
         """A file's content, or None if there is no such file."""
-        with self._errors(StoreError, "read"):
-            try:
-                result = obstore.get(self._store, path)
-                content = bytes(result.bytes())
-            except FileNotFoundError:
-                self._versions.pop(path, None)
-                return None
-            self._versions[path] = version_of(result.meta)
-            return content
+        found = self._get(path)
+        if found is None:
+            self._versions.pop(path, None)
+            return None
+        content, self._versions[path] = found
+        return content
 
     def names(self, directory: str = "") -> list[str]:
         """Names of the files in a directory, sorted."""
@@ -241,16 +225,39 @@ class ObjectStore:
                 for entry in block
             )
 
-    def _copy(self, made: ObjectStore, path: str, mode: Any = "overwrite") -> None:
-        with self._errors(WriteError, "written"):
-            obstore.put(self._store, path, made.read(path) or b"", mode=mode, use_multipart=False)
+    def _get(self, path: str) -> tuple[bytes, Mapping[str, Any]] | None:
+        """A file's content and version."""
+        with self._errors(StoreError, "read"):
+            try:
+                result = obstore.get(self._store, path)
+                return bytes(result.bytes()), version_of(result.meta)
+            except FileNotFoundError:
+                return None
+
+    def _put(self, path: str, content: bytes, mode: Any) -> Mapping[str, Any]:
+        """Put a file on a condition; its version."""
+        try:
+            with self._errors(WriteError, "written"):
+                put = partial(obstore.put, self._store, path, content, mode=mode, use_multipart=False)
+                return version_of(insist(put))
+        except (PreconditionError, AlreadyExistsError):
+            # Also what is said of a put that is sent again because the answer to the first was lost.
+            found = self._get(path)
+            if found is None or found[0] != content:
+                raise StoreError(
+                    f"{self.name}/{path} was changed by another process, which took this store over; what that "
+                    f"one commits stays"
+                ) from None
+            return found[1]
+
+    def _copy(self, made: ObjectStore, path: str) -> None:
+        self._check_leases()
+        self._put(path, made.read(path) or b"", "create")
 
     def _delete(self, path: str) -> None:
         self._versions.pop(path, None)
-        try:
-            obstore.delete(self._store, path)
-        except FileNotFoundError:  # S3 does not say so, others do
-            pass
+        with suppress(FileNotFoundError):  # S3 does not say so, others do
+            insist(partial(obstore.delete, self._store, path))
 
     def _each(self, function: Callable[[Any], None], items: Sequence[Any]) -> None:
         with ThreadPoolExecutor(PUTS) as pool:
@@ -278,7 +285,7 @@ class MemoryDraft:
     def write(self, pieces: Sequence[Piece]) -> None:
         """Append the pieces."""
         for piece in pieces:
-            self.content += memoryview(piece).cast("B")
+            self.content += piece if isinstance(piece, bytes) else piece.data
 
 
 class _ZarrStore(ZarrObjectStore[Any]):
@@ -301,6 +308,10 @@ class _ZarrStore(ZarrObjectStore[Any]):
         with self._told(StoreError, "read"):
             return await super().exists(key)
 
+    async def getsize_prefix(self, prefix: str) -> int:
+        with self._told(StoreError, "read"):
+            return await super().getsize_prefix(prefix)
+
     async def set(self, key: str, value: Buffer) -> None:
         with self._told(WriteError, "written"):
             await super().set(key, value)
@@ -315,7 +326,7 @@ class _ZarrStore(ZarrObjectStore[Any]):
 
 
 def _connection(url: str, endpoint: str | None) -> Callable[..., Any]:
-    """Makes the obstore of a URL, given how long requests are tried again.
+    """Makes the obstore of a URL, for the first request or for all others.
 
     Raises:
         ConfigError: If the URL or the endpoint cannot be right.
@@ -336,20 +347,22 @@ def _connection(url: str, endpoint: str | None) -> Callable[..., Any]:
         chosen = endpoint or next(filter(None, map(os.environ.get, ENDPOINT_VARIABLES)), None)
         if chosen is not None:
             _check_endpoint(chosen)
+            chosen = chosen.rstrip("/")
             # Otherwise a variable for S3 alone would win over the option.
             options = {"endpoint": chosen, "aws_endpoint_url_s3": chosen}
     elif endpoint is not None:
         raise ConfigError(f"endpoint {endpoint} is for s3:// URLs, got {url}")
-    allow_http = str(options.get("endpoint", "")).startswith("http://")
 
-    def connect(*, patience_s: float) -> Any:
+    def connect(*, first: bool) -> Any:
+        request_s, patience_s = (FIRST_S, FIRST_S) if first else (REQUEST_S, PATIENCE_S)
         client: ClientConfig = {
-            "allow_http": allow_http,
-            "connect_timeout": timedelta(seconds=min(5, patience_s)),
-            "timeout": timedelta(seconds=REQUEST_S if patience_s > FIRST_PATIENCE_S else patience_s),
+            "allow_http": str(options.get("endpoint", "")).startswith("http://"),
+            "connect_timeout": timedelta(seconds=FIRST_S),
+            "timeout": timedelta(seconds=request_s),
         }
         retry: RetryConfig = {
-            "max_retries": 10 if patience_s > FIRST_PATIENCE_S else 1,
+            "max_retries": 1 if first else 1000,
+            "backoff": {"max_backoff": timedelta(seconds=BACKOFF_S)},
             "retry_timeout": timedelta(seconds=patience_s),
         }
         if scheme == "s3":

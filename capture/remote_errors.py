@@ -6,21 +6,23 @@ import re
 
 from obstore.exceptions import BaseError
 
-_KEYS = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ('aws configure export-credentials --format env' prints those of "
-    "a profile)"
-)
+_KEYS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ('aws configure export-credentials --format env' prints "
+    "those of a profile), or AWS_SKIP_SIGNATURE=true for a public bucket",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
 _REASONS: tuple[tuple[str, str], ...] = (
     (r"NoSuchBucket", "there is no bucket {bucket}; make it first, or correct the URL"),
     (
-        r"169\.254\.1[67]\d\.\d+|metadata\.google|NoCredentials",
-        f"no credentials were found; {_KEYS}, or AWS_SKIP_SIGNATURE=true for a public bucket",
+        r"169\.254\.1[67]\d\.\d+|latest/(api/token|meta-data)|metadata\.google|Account must be specified",
+        "no credentials were found; {keys}",
     ),
     (
         r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken",
-        f"the credentials are wrong ({{code}}); {_KEYS}",
+        "the credentials are wrong ({code}); {keys}",
     ),
-    (r"ExpiredToken", f"the credentials have expired; {_KEYS}, then run this again"),
+    (r"ExpiredToken", "the credentials have expired; {keys}"),
     (r"RequestTimeTooSkewed", "the clock of this machine is wrong; set it"),
     (
         r"AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraint|redirect without LOCATION",
@@ -33,6 +35,10 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (
         r"NotImplemented",
         "the service does not know a request{message}; it must have conditional writes (If-None-Match, If-Match)",
+    ),
+    (
+        r"ETag Header missing|list response",
+        "what answers is no object store; correct the URL or the endpoint",
     ),
     (
         r"kind: ConnectionRefused",
@@ -60,7 +66,7 @@ def reason(error: Exception, url: str, endpoint: str | None) -> str:
         endpoint: As the user gave it.
     """
     text = f"{type(error).__name__}: {error}"
-    status = _first(r"status code: (\d{3}[\w ]*)", text)
+    status = _first(r"status code: (\d{3}[\w' ]*)", text)
     code, message, region = (
         _first(rf"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message", "Region")
     )
@@ -70,6 +76,7 @@ def reason(error: Exception, url: str, endpoint: str | None) -> str:
         "bucket": repr(url.split("/")[2]),
         "address": _first(r"(https?://[^/\s]+)", text) or endpoint or url,
         "code": code,
+        "keys": _KEYS.get(url.partition(":")[0], "see the service's manual"),
         "region": f", {region}" if region else "",
         "message": f" ({told})" if told else "",
     }

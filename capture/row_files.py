@@ -196,12 +196,18 @@ class RowFiles:
     ) -> None:
         low, high, first = int(rows[0]), int(rows[-1]) + 1, int(at[0])
         consecutive = high - low == len(rows) and _ascend_by_one(rows)
-        if consecutive and int(at[-1]) - first == len(at) - 1 and _ascend_by_one(at):
-            self._read_part(file, chunk, low, high, out[first : first + len(at)])
+        in_order = int(at[-1]) - first == len(at) - 1 and _ascend_by_one(at)
+        target = out[first : first + len(at)]
+        if consecutive and in_order:
+            self._read_part(file, chunk, low, high, target)
             return
         span = np.empty((high - low, *self.row), self.dtype)
         self._read_part(file, chunk, low, high, span)
-        out[at] = span if consecutive else span[rows - low]
+        if in_order:
+            # The mode in which numpy copies straight into its place.
+            np.take(span, rows - low, axis=0, out=target, mode="clip")
+        else:
+            out[at] = span if consecutive else span[rows - low]
 
     def _take_singly(
         self, file: OpenFile, rows: NDArray[np.int64], out: NDArray[Any], at: NDArray[np.int64]

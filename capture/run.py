@@ -27,13 +27,14 @@ from capture import manifest as manifests
 from capture import schema
 from capture.begin import begin
 from capture.config import CaptureConfig
-from capture.finish import done_name, finish, joined_manifest
+from capture.finish import done_name, finish
 from capture.forecast import duration, forecast, refuse_full_disk
 from capture.forward import Forward
 from capture.places import Place, place_of
 from capture.plan import SCHEDULE, Batch, batches, read_blocks
 from capture.provenance import provenance
 from capture.reader import ActivationStore, open_store
+from capture.store_files import read_manifest
 from capture.writer import Rows, StoreWriter
 from mdlm_interp.checkpoints import resolve_source
 from mdlm_interp.documents import expand_files
@@ -156,7 +157,15 @@ def _too_short(config: CaptureConfig, tokenizer: Tokenizer) -> str:
 def ranks(config: CaptureConfig) -> tuple[int, int]:
     """(rank, world_size): the config's, or torchrun's, or (0, 1)."""
     if config.world_size is None and config.rank is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world_size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+        if not rank and not world_size:
+            return 0, 1
+        if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+            raise ConfigError(
+                f"RANK and WORLD_SIZE in the environment must be whole numbers with 0 <= RANK < WORLD_SIZE, got "
+                f"{rank!r} and {world_size!r}; unset both, or give --rank and --world-size"
+            )
+        return int(rank), int(world_size)
     if config.rank is None or config.world_size is None:
         raise ConfigError("rank and world_size must be given together, such as --rank 0 --world-size 4")
     return config.rank, config.world_size
@@ -237,7 +246,7 @@ def forward_of(model: HookedMDLM, hooks: Sequence[str], config: CaptureConfig) -
 def committed_rows(place: Place) -> int:
     """Rows that are in the store already, if there is one."""
     try:
-        return joined_manifest(place).committed_rows if place.exists() else 0
+        return read_manifest(place).committed_rows if place.exists() else 0
     except StoreError:  # something else is there, which `begin` refuses
         return 0
 

@@ -44,6 +44,8 @@ SHARD_ROWS = 16384
 """Rows of a shard file, and rows between two commits, unless the capture asks for another number."""
 SEQUENCE_CHUNK = 1024
 """Sequences in one file of a `seqs` array."""
+PENDING = "pending"
+"""Directory of what `seqs` and `stats` are made of when the capture is complete."""
 T_BINS = 10
 """Equal parts of [0, 1] that statistics tell apart."""
 

@@ -25,7 +25,6 @@ from capture.manifest import MANIFEST, Manifest, Shard
 from capture.open_files import REMEDY, FileCache
 from capture.places import Directory, Place
 from capture.row_files import RowFiles, array_layout
-from capture.writer import PENDING
 from capture.zarr_rows import ZarrRows
 from mdlm_interp.errors import StoreError, nearest
 
@@ -180,7 +179,7 @@ class StoreFiles:
 
     def pending(self, shard: Shard, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Those of these arrays that are in the pending file of a shard of an incomplete store."""
-        path = f"{PENDING}/{shard.rows[0] // self.manifest.shard_rows}.safetensors"
+        path = f"{schema.PENDING}/{shard.rows[0] // self.manifest.shard_rows}.safetensors"
         content = _content(self.place, path)
         if content is None:
             raise StoreError(

@@ -34,8 +34,6 @@ from capture.stages import Stage
 from capture.statistics import RunningMoments
 from mdlm_interp.errors import StoreError
 
-PENDING = "pending"
-"""Directory of what `seqs` and `stats` are made of when the capture is complete."""
 WAITING_BATCHES = 2
 
 FLOAT16_MAX = 65504.0
@@ -215,7 +213,7 @@ class StoreWriter:
             self._room = max(2 * self._room, shard.stop)
             grow(self._place, self._layout, self._room)
         waiting = save(pending(shard))
-        drafts.append(self._place.draft(f"{PENDING}/{number}.safetensors"))
+        drafts.append(self._place.draft(f"{schema.PENDING}/{number}.safetensors"))
         drafts[-1].write([waiting])
         self._place.publish(drafts)
         entry = Shard(

@@ -107,6 +107,15 @@ def test_rows_of_some_sequences_only(made, store):
     assert np.array_equal(np.sort(numbers(list(rows))), expected)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_chunks_without_a_selected_row_take_no_part(made, store, monkeypatch, seed):
+    seen = read_rows(store, monkeypatch)
+    rows = ShuffledRows(store, batch_size=500, sequences=[0, 90, 199], window_chunks=1, seed=seed)
+    expected = np.flatnonzero(np.isin(made.columns["seq"], [0, 90, 199]))
+    assert np.array_equal(np.sort(numbers(list(rows))), expected)
+    assert len(seen) == len(np.unique(expected // CHUNK_ROWS)) < 6
+
+
 def test_epochs_and_seeds_differ_and_shuffle(store):
     rows = ShuffledRows(store, batch_size=3000, window_chunks=4)
     orders = [numbers(epoch_of(rows, epoch)) for epoch in range(3)]

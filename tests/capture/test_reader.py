@@ -284,10 +284,13 @@ def test_statistics_equal_numpy_in_float64(made, opened):
                     assert found.mean[masked, t_bin].isnan().all()
 
 
-def test_statistics_of_an_incomplete_store_are_those_of_its_committed_rows(partial, opened):
-    acts = partial.acts[MLP][:SHARD_ROWS].astype(np.float64)
-    count, mean, mean_square = opened(partial.root).statistics(MLP).pooled()
-    assert count == SHARD_ROWS
+@pytest.mark.parametrize("shards", [1, 3])
+def test_statistics_of_an_incomplete_store_are_those_of_its_committed_rows(tmp_path, opened, shards):
+    plan = Plan(complete=False, shard_rows=256, committed_shards=shards)
+    truth = make_store(tmp_path / "run.zarr", plan)
+    acts = truth.acts[MLP][: 256 * shards].astype(np.float64)
+    count, mean, mean_square = opened(truth.root).statistics(MLP).pooled()
+    assert count == 256 * shards
     np.testing.assert_allclose(mean.numpy(), acts.mean(axis=0), rtol=0, atol=1e-12)
     np.testing.assert_allclose(mean_square, (acts**2).mean(), rtol=1e-12)
 
@@ -407,6 +410,16 @@ def test_one_flipped_bit_is_an_error_that_names_the_file(made, copy, opened, byt
         assert f"acts/{MLP}/c.1.0 is damaged" in str(caught.value)
         assert "restore it from a copy or capture again" in str(caught.value)
     assert np.array_equal(store.read(slice(0, 512), MLP)[MLP].numpy(), made.acts[MLP][:512])
+
+
+def test_one_row_is_read_with_its_whole_chunk_checked_and_gathered_without(tmp_path):
+    truth = make_store(tmp_path / "run.zarr", Plan(shapes={MLP: (96,)}))
+    flip(truth.root / "acts" / MLP / "c.0.0", 200 * 96 * 4)
+    store = open_store(truth.root)
+    assert np.array_equal(store.gather([3, 9], MLP)[MLP].numpy(), truth.acts[MLP][[3, 9]])
+    for rows in ([3], slice(3, 4)):
+        with pytest.raises(StoreError, match=r"c\.0\.0 is damaged \(chunk 0 does not match its checksum\)"):
+            store.read(rows, MLP)
 
 
 @pytest.mark.parametrize("name", ["rows/xt", "seqs/t"])

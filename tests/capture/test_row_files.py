@@ -382,6 +382,7 @@ def test_long_requests_are_made_in_parts_that_the_kernel_grants(tmp_path, monkey
 
 
 def test_without_advice_rows_are_the_same(intact, values, monkeypatch):
+    advice(monkeypatch)
     monkeypatch.delattr(os, "posix_fadvise")
     files = files_of(intact)
     files.prefetch(np.array([4, 2000]))
