@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "oracle.commands:verify",
         "recompute golden files on this machine: match, or what differs",
     ),
+    "oracle sample": ("oracle.commands:sample", "generate text that is the same on every machine"),
     "capture run": ("capture.commands:run", "record activations over text into a Zarr store"),
     "capture info": ("capture.commands:info", "what a store holds"),
     "capture verify": ("capture.commands:verify", "check every byte of a store and recompute some of it"),

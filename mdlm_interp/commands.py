@@ -167,7 +167,7 @@ class PerplexityConfig(ModelChoice):
     """Estimate the perplexity bound of text files."""
 
     files: tuple[Path, ...]
-    """Text files (.txt, .jsonl, .parquet); of several, each is reported and then all together."""
+    """Text files, globs or directories of shards; of several, each is reported and then all together."""
     length: int | None = None
     """Tokens in a sequence; the model's context if none."""
     wrap: bool = True
@@ -228,7 +228,7 @@ def ppl(argv: list[str]) -> int:
 
 def _sequences(file: Path, tokenizer: Tokenizer, length: int, config: PerplexityConfig) -> torch.Tensor:
     """Token blocks of one file [sequence pos]."""
-    blocks = token_blocks(read_documents([file]), tokenizer, length, wrap=config.wrap)
+    blocks = token_blocks(read_documents([file], tokenizer), tokenizer, length, wrap=config.wrap)
     rows = [block.ids for block in islice(blocks, config.max_sequences)]
     if not rows:
         raise DataError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from oracle.compare import Difference, compare, ulp_distance
 
 if TYPE_CHECKING:
-    from oracle import ops
+    from oracle import fingerprint, golden, ops
     from oracle.arithmetic import ExactArithmetic
     from oracle.errors import ExactError, GoldenError, UntrustedMachineError
     from oracle.fingerprint import Fingerprint, tensor_digest
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Oracle",
     "ops",
+    "fingerprint",
+    "golden",
     "ExactArithmetic",
     "Fingerprint",
     "tensor_digest",
@@ -36,6 +38,7 @@ __all__ = [
     "ulp_distance",
 ]
 
+_MODULES = {"ops", "fingerprint", "golden"}
 _HOMES = {
     "Oracle": "oracle.oracle",
     "ExactArithmetic": "oracle.arithmetic",
@@ -50,8 +53,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "ops":
-        return import_module("oracle.ops")
+    if name in _MODULES:
+        return import_module(f"oracle.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,7 +1,8 @@
-"""The commands `oracle fingerprint`, `oracle record` and `oracle verify`."""
+"""The commands `oracle fingerprint`, `oracle record`, `oracle verify` and `oracle sample`."""
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import time
@@ -12,72 +13,99 @@ import torch
 from torch import Tensor
 
 from mdlm_interp.config_args import parse_args
+from mdlm_interp.devices import usable_device
 from mdlm_interp.errors import ConfigError, DataError, OutputExistsError
+from mdlm_interp.filling import check_fits, encode_prompt
 from mdlm_interp.model import HookedMDLM
+from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
 from oracle import golden
 from oracle.oracle import Oracle
 from oracle.paths import fused_for
+from oracle.sampling import exact_sample
 
 MISMATCH = 1
 """Exit code of a verification that found other bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputChoice:
-    """A model and one sequence for it."""
+class ModelChoice:
+    """A model in exact arithmetic."""
 
     model: str = "bundled"
     """Model directory, Hugging Face repository id, "bundled", or "synthetic" for the small test model."""
+    tokenizer: str | None = None
+    """Directory with the tokenizer, if it is not the model's own."""
+    device: str = "cpu"
+    """Where the model runs, such as cpu or cuda."""
+
+    def load_model(self) -> HookedMDLM:
+        """The model, where it is to run."""
+        return golden.load_source(self.model, usable_device(self.device))
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, or the one that was named."""
+        source = self.tokenizer or self.model
+        if source == golden.SYNTHETIC:
+            raise ConfigError("the synthetic model has no tokenizer; give --ids")
+        return load_tokenizer(source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputChoice(ModelChoice):
+    """A model and one sequence for it."""
+
     text: str | None = None
     """Text with [MASK] where the model should fill in."""
     ids: tuple[int, ...] | None = None
     """Token ids instead of a text, separated by commas."""
     sigma: float | None = None
     """Noise level, for a time-conditioned model."""
-    tokenizer: str | None = None
-    """Directory with the tokenizer, if it is not the model's own."""
-    device: str = "cpu"
-    """Where the model runs, such as cpu or cuda."""
 
     def load(self) -> tuple[Oracle, Tensor, Tensor | None]:
         """The oracle, token ids [batch, pos] and noise levels [batch]; the synthetic model has its own."""
         if self.text is not None and self.ids is not None:
             raise ConfigError("give either --text or --ids, not both")
-        model = golden.load_source(self.model, _device(self.device))
-        if self.text is not None:
-            ids = _encode(model, self.text, self.tokenizer or self.model)
-        elif self.ids is not None:
-            ids = torch.tensor([self.ids])
-        elif self.model == golden.SYNTHETIC:
+        if self.text is None and self.tokenizer is not None:
+            raise ConfigError("--tokenizer is for a --text, and none is given; leave it out")
+        model = self.load_model()
+        if self.text is None and self.ids is None and self.model == golden.SYNTHETIC:
+            if self.sigma is not None:
+                raise ConfigError(
+                    "--sigma is for a sequence of your own, and the synthetic model's two have theirs; give --ids too"
+                )
             ids, sigmas = golden.synthetic_inputs()
             return Oracle(model), ids.to(model.device), sigmas.to(model.device)
-        else:
+        ids, timesteps = self._ids(model).to(model.device), self._timesteps(model)
+        return Oracle(model), ids, timesteps
+
+    def _ids(self, model: HookedMDLM) -> Tensor:
+        if self.text is not None:
+            return encode_prompt(model, self.load_tokenizer(), self.text)
+        if self.ids is None:
             raise ConfigError("give the input: --text or --ids")
-        if self.sigma is None and model.config.time_conditioning:
-            raise DataError("this model is time-conditioned: give --sigma, the noise level")
-        timesteps = None
-        if self.sigma is not None:
-            timesteps = torch.tensor([self.sigma], dtype=torch.float32, device=model.device)
-        return Oracle(model), ids.to(model.device), timesteps
+        context, n_ids = model.config.model_length, model.config.vocab_size
+        if not 1 <= len(self.ids) <= context:
+            raise DataError(f"--ids must be 1 to {context} tokens, the model's context, got {len(self.ids)}")
+        outside = [token for token in self.ids if not 0 <= token < n_ids]
+        if outside:
+            raise DataError(
+                f"token ids must be in [0, {n_ids}), got {outside[0]}; was the text encoded with another tokenizer?"
+            )
+        return torch.tensor([self.ids])
 
-
-def _encode(model: HookedMDLM, text: str, tokenizer: str) -> Tensor:
-    from mdlm_interp.filling import encode_prompt
-    from mdlm_interp.tokenizers import load_tokenizer
-
-    if tokenizer == golden.SYNTHETIC:
-        raise ConfigError("the synthetic model has no tokenizer; give --ids")
-    return encode_prompt(model, load_tokenizer(tokenizer), text)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device must be cpu, cuda or the like, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, but torch finds no CUDA device; use cpu")
-    return device
+    def _timesteps(self, model: HookedMDLM) -> Tensor | None:
+        if self.sigma is None:
+            if model.config.time_conditioning:
+                raise DataError("this model is time-conditioned: give --sigma, the noise level")
+            return None
+        if not model.config.time_conditioning:
+            raise ConfigError("this model is not time-conditioned and would not read --sigma; leave it out")
+        sigma = torch.tensor([self.sigma], dtype=torch.float32)
+        if not math.isfinite(sigma.item()) or self.sigma < 0.0:
+            raise ConfigError(
+                f"--sigma must be at least 0 and finite as float32, got {self.sigma}; it is -ln(share unmasked)"
+            )
+        return sigma.to(model.device)
 
 
 def _say(line: str) -> None:
@@ -128,7 +156,6 @@ def record(argv: list[str]) -> int:
         raise OutputExistsError(f"{config.out} exists; record to another file or remove it first")
     oracle, ids, timesteps = config.load()
     content = golden.record(oracle, config.model, ids, timesteps)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     golden.save(content, config.out)
     _say(f"{config.out}: {len(content['points'])} hook points, fingerprint {content['fingerprint']}")
     return 0
@@ -152,7 +179,7 @@ def verify(argv: list[str]) -> int:
     """`mdlm-interp oracle verify [FILES...]`."""
     config = parse_args(VerifyConfig, argv, prog="mdlm-interp oracle verify", positional=("files",))
     if config.device is not None:
-        devices = [_device(config.device)]
+        devices = [usable_device(config.device)]
     else:
         devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     worst = 0
@@ -178,3 +205,57 @@ def _report(file: Path, where: str, result: golden.Verification, seconds: float)
     _say(f"{file.name}: DIFFERENT ({where}): recorded {result.expected}, here {result.found}")
     _say(f"  first at {result.first}: {result.detail}")
     return MISMATCH
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(ModelChoice):
+    """Write text from masks by exact sampling: the same text on every machine."""
+
+    prompt: str = ""
+    """Text that the samples begin with; [MASK] inside it is filled too."""
+    n: int = 1
+    """Number of samples."""
+    length: int | None = None
+    """Tokens in a sample; the model's context if none."""
+    steps: int = 64
+    """Denoising steps."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token."""
+    seed: int = 0
+    """Key of all draws."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ConfigError(f"n must be at least 1, got {self.n}")
+
+
+def sample(argv: list[str]) -> int:
+    """`mdlm-interp oracle sample [PROMPT]`."""
+    config = parse_args(SampleConfig, argv, prog="mdlm-interp oracle sample", positional=("prompt",))
+    model, tokenizer = config.load_model(), config.load_tokenizer()
+    check_fits(tokenizer, model)
+    context = model.config.model_length
+    length = context if config.length is None else config.length
+    if not 1 <= length <= context:
+        raise ConfigError(f"length must be in [1, {context}], the model's context, got {length}")
+    start = torch.full((1, length), model.config.mask_id, device=model.device)
+    if config.prompt:
+        prompt = encode_prompt(model, tokenizer, config.prompt)
+        if prompt.shape[1] > length:
+            raise DataError(f"the prompt has {prompt.shape[1]} tokens, a sample {length}; raise length")
+        start[:, : prompt.shape[1]] = prompt
+    oracle = Oracle(model)
+    for number in range(config.n):  # one at a time: a batch changes no bit
+        ids = exact_sample(
+            oracle,
+            start,
+            steps=config.steps,
+            seed=config.seed,
+            temperature=config.temperature,
+            indices=[number],
+            progress=True,
+        )
+        if number > 0:
+            _say("---")
+        _say(tokenizer.decode(ids[0].tolist()))
+    return 0

@@ -101,12 +101,16 @@ def softmax(scores: Float32[Tensor, "*rows cols"]) -> Float32[Tensor, "*rows col
     for i in range(0, source.shape[0], step):
         row = source[i : i + step]
         numerators = exp_(row.double().sub_(row.amax(-1, keepdim=True).double()))
-        counts = (numerators * 2.0**SOFTMAX_BITS).add_(RINT).sub_(RINT)
-        if counts.shape[1] > EXACT_FLOAT_TERMS:
-            counts = counts.to(torch.int64)
-        total = counts.sum(-1, keepdim=True).double().mul_(2.0**-SOFTMAX_BITS)
+        total = exact_total((numerators * 2.0**SOFTMAX_BITS).add_(RINT).sub_(RINT)).mul_(2.0**-SOFTMAX_BITS)
         out[i : i + step] = numerators.mul_(torch.ones_like(total) / total)
     return out.add_(0.0).reshape(scores.shape)
+
+
+def exact_total(counts: Float64[Tensor, "row n"]) -> Float64[Tensor, "row 1"]:
+    """The sum of each row of whole numbers up to 2^42, rounded once."""
+    if counts.shape[1] > EXACT_FLOAT_TERMS:
+        counts = counts.to(torch.int64)
+    return counts.sum(-1, keepdim=True).double()
 
 
 def mean(values: Float64[Tensor, "row n"]) -> Float64[Tensor, "row 1"]:
@@ -115,8 +119,7 @@ def mean(values: Float64[Tensor, "row n"]) -> Float64[Tensor, "row 1"]:
     # A row of zeros has no exponent; any that keeps the powers in range leaves its mean at zero.
     exponent = ((top.view(torch.int64) >> 52) - 1022).clamp_min_(-900)
     counts = (values * power_of_two(MEAN_BITS - exponent)).add_(RINT).sub_(RINT)
-    total = counts.to(torch.int64).sum(-1, keepdim=True).double()
-    return (total * (1.0 / values.shape[-1])) * power_of_two(exponent - MEAN_BITS)
+    return (exact_total(counts) * (1.0 / values.shape[-1])) * power_of_two(exponent - MEAN_BITS)
 
 
 def rsqrt(v: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:

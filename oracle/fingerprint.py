@@ -29,13 +29,6 @@ class Fingerprint:
     digests: Mapping[str, str]
     """SHA-256 of each hook point's tensor and of the logits, in execution order."""
 
-    def first_difference(self, other: Fingerprint) -> str | None:
-        """The first name, in execution order, whose digest the other lacks or has differently; None if equal."""
-        for name, digest in self.digests.items():
-            if other.digests.get(name) != digest:
-                return name
-        return next((name for name in other.digests if name not in self.digests), None)
-
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """SHA-256 of a tensor under a name, the same on every machine whatever its layout in memory."""

@@ -21,7 +21,6 @@ from oracle import kernels, product_kernels
 from oracle.errors import NotFiniteError
 from oracle.threads import over_rows
 
-_EMPTY = np.zeros(0)
 NORM_MARGIN = 1.01
 """Covers what rounding did to norms."""
 
@@ -35,6 +34,11 @@ def _array(x: Tensor) -> NDArray[Any]:
     """The tensor's memory as a numpy array."""
     array: NDArray[Any] = x.detach().numpy()
     return array
+
+
+def _zeros(n: int) -> NDArray[np.float64]:
+    """What stands for biases where there are none, so that one loop serves both."""
+    return np.zeros(n)
 
 
 def _memory(x: Tensor) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -69,8 +73,7 @@ def certify(
         _array(a),
         *_memory(b),
         *(_array(x.contiguous()) for x in (row_bound, col_norms)),
-        _EMPTY if col_bound is None else _array(col_bound),
-        _EMPTY if bias is None else _array(bias),
+        *(_zeros(product.shape[2]) if x is None else _array(x) for x in (col_bound, bias)),
         factor,
         _array((row_norms * NORM_MARGIN).contiguous()),
         *_window(out),
@@ -108,6 +111,7 @@ def attend(
         _array(a),
         *_memory(b),
         *(_array(x.contiguous()) for x in (row_bound, col_norms)),
+        _zeros(product.shape[2]),
         factor,
         _array((row_norms * NORM_MARGIN).contiguous()),
     )

@@ -1,7 +1,7 @@
 """Compares the compiled loops with the plain path, bit for bit, on a small input.
 
-Asked once in each process: it covers this machine's compiler, and compiled code that was kept on disk by another
-version of this package.
+Asked once in each process: it covers this machine's compiler. Compiled code that was kept on disk is made again if
+it comes from other sources than today's.
 """
 
 from __future__ import annotations
@@ -11,11 +11,28 @@ import torch
 from torch import Tensor
 
 from mdlm_interp.randomness import random_bits
-from oracle import elementwise, fused, products
+from oracle import elementwise, fused, kernels, product_kernels, products
+
+MODULES = (kernels, product_kernels)
+
+
+def renew() -> None:
+    """Compile again what numba kept on disk from other sources; call before the first use of a loop."""
+    for module in MODULES:
+        if module.compiled_from() != kernels.SOURCES:
+            for loop in vars(module).values():
+                if hasattr(loop, "recompile"):
+                    loop.recompile()
+
+
+def kept_in() -> str:
+    """The directory of compiled loops on disk."""
+    return str(kernels.compiled_from.stats.cache_path)
 
 
 def disagreements() -> list[str]:
     """Names of the loops whose bits differ from the plain path's on a small input; there should be none."""
+    renew()
     n = 96
     words = random_bits(0, "oracle:fused", 0, 4 * 8 * n)
     exponents = ((words & np.uint64(15)).astype(np.int64) - 10).astype(np.float64)

@@ -16,17 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdlm_interp.atomic_files import replacing
 from mdlm_interp.config import MDLMConfig
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.randomness import random_bits
 from oracle.errors import GoldenError
-from oracle.fingerprint import LOGITS
+from oracle.fingerprint import LOGITS, weights_digest
+from oracle.golden_file import FORMAT, places, recorded_config, require_valid
 from oracle.oracle import Oracle
 from oracle.tables import time_frequency
-
-FORMAT = "mdlm-interp exact golden 1"
-SAMPLES = 24
-"""Elements of each hook point that a file holds, evenly spread."""
 
 SYNTHETIC = "synthetic"
 """Source of the model that `synthetic_model` makes."""
@@ -85,15 +83,9 @@ def load_source(source: str, device: str | torch.device = "cpu") -> HookedMDLM:
     return HookedMDLM.from_pretrained(source, device=device)
 
 
-def _places(n: int) -> list[int]:
-    """Flat indices of the sampled elements: first, last and evenly between."""
-    count = min(n, SAMPLES)
-    return sorted({i * (n - 1) // max(1, count - 1) for i in range(count)})
-
-
 def _samples(tensor: Tensor) -> list[str]:
     flat = tensor.detach().to("cpu").reshape(-1)
-    return [float(flat[i]).hex() for i in _places(flat.numel())]
+    return [float(flat[i]).hex() for i in places(flat.numel())]
 
 
 def record(oracle: Oracle, source: str, input_ids: Tensor, timesteps: Tensor | None = None) -> dict[str, Any]:
@@ -117,36 +109,29 @@ def record(oracle: Oracle, source: str, input_ids: Tensor, timesteps: Tensor | N
 
 
 def save(golden: Mapping[str, Any], path: Path) -> None:
-    """Write a golden file, one line for each hook point."""
+    """Write a golden file, one line for each hook point; it gets its name when all of it is on disk."""
     lines = []
     for key, value in golden.items():
         if key != "points":
             lines.append(f"  {json.dumps(key)}: {json.dumps(value)},\n")
     points = [f"    {json.dumps(name)}: {json.dumps(point)}" for name, point in golden["points"].items()]
-    path.write_text(
-        "{\n" + "".join(lines) + '  "points": {\n' + ",\n".join(points) + "\n  }\n}\n", encoding="utf-8"
-    )
+    text = "{\n" + "".join(lines) + '  "points": {\n' + ",\n".join(points) + "\n  }\n}\n"
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a golden file.
 
     Raises:
-        GoldenError: If it is none, or one of another version.
+        GoldenError: If it is none, one of another version, or contradicts itself.
     """
     try:
-        golden = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    # Bad UTF-8 and bad JSON are ValueErrors, as is a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise GoldenError(f"{path} is not valid JSON ({error}); record it again") from None
-    if not isinstance(golden, dict) or golden.get("format") != FORMAT:
-        kind = golden.get("format") if isinstance(golden, dict) else type(golden).__name__
-        raise GoldenError(
-            f"{path} is no golden file of this version: expected format {FORMAT!r}, got {kind!r}"
-        )
-    missing = {"source", "weights", "input_ids", "timesteps", "fingerprint", "points"} - set(golden)
-    if missing:
-        raise GoldenError(f"{path} lacks {sorted(missing)[0]!r}; record it again")
-    return golden
+    return require_valid(content, str(path))
 
 
 def inputs_of(golden: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -183,14 +168,9 @@ def verify(golden: Mapping[str, Any], oracle: Oracle) -> Verification:
     """Recompute a golden file.
 
     Raises:
-        GoldenError: If the oracle's model has other weights than the file was recorded with.
+        GoldenError: If the oracle's model is another than the file was recorded with.
     """
-    weights = oracle.weights_digest()
-    if weights != golden["weights"]:
-        raise GoldenError(
-            f"the model's weights have SHA-256 {weights}, the golden file was recorded with {golden['weights']}; "
-            f"name the right model with --model, or record again"
-        )
+    _require_same_model(golden, oracle.model.config, oracle.weights_digest())
     ids, timesteps = inputs_of(golden, oracle.model.device)
     check = _Check(golden["points"])
     found = oracle.digests(ids, timesteps=timesteps, look=check.look)
@@ -201,9 +181,13 @@ def verify_by_witness(golden: Mapping[str, Any], model: HookedMDLM) -> Verificat
     """Recompute a golden file with the witness: NumPy and Python integers that share no code with the engine.
 
     Slow: for the small models that come with this package.
+
+    Raises:
+        GoldenError: If the model is another than the file was recorded with.
     """
     from oracle import witness_forward
 
+    _require_same_model(golden, model.config, weights_digest(model.state_dict()))
     ids, timesteps = inputs_of(golden, torch.device("cpu"))
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     sigma = None if timesteps is None else timesteps.numpy()
@@ -212,6 +196,26 @@ def verify_by_witness(golden: Mapping[str, Any], model: HookedMDLM) -> Verificat
     for name, array in (*activations.items(), (LOGITS, logits)):
         check.look(name, torch.from_numpy(array), witness_forward.digest(name, array))
     return check.result(golden["fingerprint"], witness_forward.fingerprint(activations, logits))
+
+
+NUMBERS = ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "time_conditioning")
+"""The fields of a configuration that change what a forward pass computes."""
+
+
+def _require_same_model(golden: Mapping[str, Any], config: MDLMConfig, weights: str) -> None:
+    recorded = recorded_config(golden, "the golden file")
+    for name in NUMBERS:
+        here, there = getattr(config, name), getattr(recorded, name)
+        if here != there:
+            raise GoldenError(
+                f"the model's config has {name} {here}, the golden file was recorded with {there}; "
+                f"name the right model with --model, or record again"
+            )
+    if weights != golden["weights"]:
+        raise GoldenError(
+            f"the model's weights have SHA-256 {weights}, the golden file was recorded with {golden['weights']}; "
+            f"name the right model with --model, or record again"
+        )
 
 
 class _Check:
@@ -232,6 +236,8 @@ class _Check:
         unseen = [name for name in self.points if name not in self.seen]
         if unseen and self.first is None:
             self.first = unseen[0], "this version has no such hook point"
+        if self.first is None and expected != found:
+            self.first = "the fingerprint", "which contradicts the file's own digests: they all match"
         first, detail = self.first or (None, "")
         return Verification(expected, found, len(self.seen), first, detail)
 
@@ -242,9 +248,9 @@ def _how(point: Mapping[str, Any] | None, tensor: Tensor) -> str:
         return "the file has no such hook point"
     if list(tensor.shape) != point["shape"]:
         return f"its shape is {list(tensor.shape)}, recorded {point['shape']}"
-    places = _places(tensor.numel())
-    for place, here, there in zip(places, _samples(tensor), point["samples"], strict=True):
+    sampled = places(tensor.numel())
+    for place, here, there in zip(sampled, _samples(tensor), point["samples"], strict=True):
         if here != there:
             index = [int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape)]
             return f"first sampled element that differs: {index}, {here} here, {there} recorded"
-    return f"in elements other than the {len(places)} that the file samples"
+    return f"in elements other than the {len(sampled)} that the file samples"

@@ -26,7 +26,11 @@ def exact_operation(function: Callable[P, R]) -> Callable[P, R]:
     name = function.__name__
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        given = (*args, *kwargs.values())
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        if not tensors:
+            kinds = ", ".join(type(value).__name__ for value in given) or "nothing"
+            raise ExactError(f"{name}: takes float32 tensors, got {kinds}; make them with torch.tensor")
         for tensor in tensors:
             if tensor.dtype != torch.float32:
                 raise ExactError(
@@ -42,7 +46,7 @@ def exact_operation(function: Callable[P, R]) -> Callable[P, R]:
         if len(devices) > 1:
             raise ExactError(f"{name}: all tensors must be on one device, got {', '.join(map(str, devices))}")
         device = devices.pop()
-        require_trusted(device)
+        require_trusted(device, max(tensor.numel() for tensor in tensors))
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return function(*args, **kwargs)
 

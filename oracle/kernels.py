@@ -9,6 +9,8 @@ those without being allowed to reorder anything.
 
 from __future__ import annotations
 
+import hashlib
+from importlib import resources
 from typing import no_type_check
 
 import numpy as np
@@ -37,6 +39,11 @@ SEED = np.int64(RSQRT_SEED)
 ONE = np.int64(1023)
 SIGN = np.int32(0x7FFFFFFF)
 MAGNITUDE = np.int64(0x7FFFFFFFFFFFFFFF)
+_FILES = ("recipes.py", "kernels.py", "product_kernels.py")
+_TEXT = b"".join(resources.files("oracle").joinpath(name).read_bytes() for name in _FILES)
+SOURCES = np.int64(int.from_bytes(hashlib.sha256(_TEXT).digest()[:8], "little", signed=True))
+"""What all loops are compiled from. numba keeps a loop on disk as long as the loop's own file is as old as it was,
+also when a constant or another file's loop that went into it has changed."""
 
 
 def compiled(**options):
@@ -50,6 +57,13 @@ def compiled(**options):
             return njit(**settings)(function)
 
     return decorate
+
+
+@compiled()
+@no_type_check
+def compiled_from():
+    """SOURCES as it was when this file's loops were compiled."""
+    return SOURCES
 
 
 @no_type_check
@@ -100,20 +114,30 @@ def single(x):
     return np.float32(x) + np.float32(0.0)
 
 
+@compiled(inline="always")
+@no_type_check
+def gelu_float64(v):
+    return v / (1.0 + exp(v * ((v * v) * GELU_CUBE + GELU_LINE), ONE))
+
+
+@compiled(inline="always")
+@no_type_check
+def silu_float64(v):
+    return v / (1.0 + exp(-v, ONE))
+
+
 @compiled()
 @no_type_check
 def gelu_tanh(x, start, stop, out):
     for i in range(np.uint64(start), np.uint64(stop)):
-        v = np.float64(x[i])
-        out[i] = single(v / (1.0 + exp(v * ((v * v) * GELU_CUBE + GELU_LINE), ONE)))
+        out[i] = single(gelu_float64(np.float64(x[i])))
 
 
 @compiled()
 @no_type_check
 def silu(x, start, stop, out):
     for i in range(np.uint64(start), np.uint64(stop)):
-        v = np.float64(x[i])
-        out[i] = single(v / (1.0 + exp(-v, ONE)))
+        out[i] = single(silu_float64(np.float64(x[i])))
 
 
 @compiled(inline="always")

@@ -16,6 +16,7 @@ from mdlm_interp.shapes import Float32, Int64
 from oracle.arithmetic import ExactArithmetic
 from oracle.errors import ExactError
 from oracle.fingerprint import LOGITS, Fingerprint, combine, tensor_digest, weights_digest
+from oracle.guard import require_finite
 from oracle.weights import DEFAULT_BUDGET_BYTES
 
 
@@ -69,8 +70,14 @@ class Oracle:
     def logits(
         self, input_ids: Int64[Tensor, "batch pos"], timesteps: Tensor | None = None
     ) -> Float32[Tensor, "batch pos vocab"]:
-        """Raw logits; see `HookedMDLM.forward`."""
-        return self._model(input_ids, timesteps)  # type: ignore[no-any-return]
+        """Raw logits; see `HookedMDLM.forward`.
+
+        Raises:
+            ExactError: If a value is not finite, also one that a hook put there.
+        """
+        logits: Tensor = self._model(input_ids, timesteps)
+        require_finite(logits, "hook_logits: what the hooks left")  # no operation reads it and would refuse
+        return logits
 
     @torch.no_grad()
     def run_with_cache(
@@ -84,9 +91,11 @@ class Oracle:
         device: str | torch.device | None = None,
     ) -> tuple[Tensor, ActivationCache]:
         """Logits and chosen activations; see `HookedMDLM.run_with_cache`."""
-        return self._model.run_with_cache(
+        output, cache = self._model.run_with_cache(
             input_ids, names, timesteps=timesteps, stop_at_block=stop_at_block, clone=clone, device=device
         )
+        require_finite(output, "what the hooks left of the output")
+        return output, cache
 
     def hooks(
         self, functions: Mapping[str, HookFunction | Sequence[HookFunction]], *, read_only: bool = False

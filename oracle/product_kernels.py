@@ -11,7 +11,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from oracle.kernels import bits_float, compiled, float_bits, numerators, single, single_bits
+from oracle.kernels import SOURCES, bits_float, compiled, float_bits, numerators, single, single_bits
 
 LANES = 8
 SEGMENT = 128
@@ -148,6 +148,27 @@ def _gather(memory, first, stride, column):
         column[k] = memory[first + k * stride]
 
 
+@compiled(inline="always")
+@no_type_check
+def _round_segment(values, norms, extra, bound, left, right, target):
+    """Round one segment of a row to float32 as if all of it were decided; 0 if all of it is."""
+    differ = np.int32(0)
+    for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
+        error = bound * norms[j] + extra[j]
+        low, high = np.float32(values[j] - error), np.float32(values[j] + error)
+        differ |= single_bits(low) ^ single_bits(high)
+        target[j] = high + np.float32(0.0)
+    return differ
+
+
+@compiled(inline="always")
+@no_type_check
+def _undecided(value, bound, norm, extra):
+    """Whether the ends of one output's interval round apart; the same operations as in `_round_segment`."""
+    error = bound * norm + extra
+    return np.float32(value - error) != np.float32(value + error)
+
+
 @compiled()
 @no_type_check
 def certify(
@@ -183,31 +204,14 @@ def certify(
         bound = row_bound[group, row]
         for left in range(0, n_cols, SEGMENT):
             right = min(left + SEGMENT, n_cols)
-            differ = np.int32(0)
-            if col_bound.size:
-                for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
-                    error = bound * norms[j] + col_bound[j]
-                    low, high = np.float32(values[j] - error), np.float32(values[j] + error)
-                    differ |= single_bits(low) ^ single_bits(high)
-                    target[j] = high + np.float32(0.0)
-            else:
-                for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
-                    error = bound * norms[j]
-                    low, high = np.float32(values[j] - error), np.float32(values[j] + error)
-                    differ |= single_bits(low) ^ single_bits(high)
-                    target[j] = high + np.float32(0.0)
-            if differ == 0:
+            if _round_segment(values, norms, col_bound, bound, left, right, target) == 0:
                 continue
-            for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
-                error = bound * norms[j]
-                if col_bound.size:
-                    error += col_bound[j]
-                if np.float32(values[j] - error) == np.float32(values[j] + error):
+            for j in range(np.uint64(left), np.uint64(right)):
+                if not _undecided(values[j], bound, norms[j], col_bound[j]):
                     continue
-                added = bias[j] if bias.size else 0.0
-                size = sizes[group, row] * norms[j] + abs(added)
+                size = sizes[group, row] * norms[j] + abs(bias[j])
                 _gather(b, group * strides[0] + j * strides[1], strides[2], column)
-                value, certain = exact_dot(a[group, row], column, added, factor, size, sums, errors)
+                value, certain = exact_dot(a[group, row], column, bias[j], factor, size, sums, errors)
                 target[j] = value
                 if not certain:
                     if found < places.shape[0]:
@@ -218,39 +222,43 @@ def certify(
 
 @compiled()
 @no_type_check
-def attend(product, a, b, strides, row_bound, col_norms, factor, sizes, scores, start, stop, peaks):
+def attend(product, a, b, strides, row_bound, col_norms, nothing, factor, sizes, scores, start, stop, peaks):
     """Scores rounded and repaired, then their softmax over `product`, its largest value a row to `peaks`.
 
-    Returns the number of undecided scores.
+    `nothing` is a row of zeros in the place of biases. Returns the number of undecided scores.
     """
     n_rows, n_cols = product.shape[1], product.shape[2]
-    n_terms = a.shape[2]
-    sums, errors, column = np.empty(n_terms + 4 * LANES + 1), np.empty(n_terms + 1), np.empty(n_terms)
+    places = np.empty((0, 3), np.int64)
+    # Each row's scores are wanted once, so all rows are written to the same memory.
+    steps = np.zeros(2, np.int64)
     found = 0
     for i in range(start, stop):
-        group, row = i // n_rows, i % n_rows
-        values, norms = product[group, row], col_norms[group]
-        bound = row_bound[group, row]
-        for left in range(0, n_cols, SEGMENT):
-            right = min(left + SEGMENT, n_cols)
-            differ = np.int32(0)
-            for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
-                error = bound * norms[j]
-                low, high = np.float32(values[j] - error), np.float32(values[j] + error)
-                differ |= single_bits(low) ^ single_bits(high)
-                scores[j] = high + np.float32(0.0)
-            if differ == 0:
-                continue
-            for j in range(np.uint64(left), np.uint64(right)):  # unsigned: no test for j < 0 in the loop
-                error = bound * norms[j]
-                if np.float32(values[j] - error) != np.float32(values[j] + error):
-                    size = sizes[group, row] * norms[j]
-                    _gather(b, group * strides[0] + j * strides[1], strides[2], column)
-                    value, certain = exact_dot(a[group, row], column, 0.0, factor, size, sums, errors)
-                    scores[j] = value
-                    if not certain:
-                        found += 1
-        r, peaks[group, row] = numerators(scores, values)
+        found += certify(
+            product,
+            a,
+            b,
+            strides,
+            row_bound,
+            col_norms,
+            nothing,
+            nothing,
+            factor,
+            sizes,
+            scores,
+            steps,
+            i,
+            i + 1,
+            places,
+        )
+        values = product[i // n_rows, i % n_rows]
+        r, peaks[i // n_rows, i % n_rows] = numerators(scores, values)
         for j in range(n_cols):
             values[j] = np.float64(single(values[j] * r))
     return found
+
+
+@compiled()
+@no_type_check
+def compiled_from():
+    """SOURCES as it was when this file's loops were compiled."""
+    return SOURCES

@@ -8,7 +8,7 @@
 3. The rest, between one in a thousand and one in ten thousand, is computed by `repair`.
 
 Norms and bounds only choose what is repaired; no bit of a result depends on them. Sums longer than
-`CHUNK_TERMS` are made of products that are added one after another, which shrinks the bound.
+`WHOLE_TERMS` are made of products that are added one after another, which shrinks the bound.
 """
 
 # Axes: group (independent products), row, col, term
@@ -25,10 +25,13 @@ from torch import Tensor
 from mdlm_interp.shapes import Float32, Float64, Int64
 from oracle.errors import ExactError
 from oracle.paths import fused_for
-from oracle.repair import UNIT, dot_rows
+from oracle.repair import UNIT, dot_rows, pairs_at_once
 
-CHUNK_TERMS = 1024
-"""Terms of one float64 product; longer sums are cut into equal parts."""
+WHOLE_TERMS = 1024
+"""Terms up to which a sum is one float64 product; a cut would cost more than the repairs that it saves."""
+
+CHUNK_TERMS = 384
+"""About as many terms have the equal parts that longer sums are cut into."""
 
 TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Outputs computed at a time (16 MiB of float64 on a CPU)."""
@@ -145,7 +148,7 @@ def raw_product(a: Rows, b: Rows, work: Workspace) -> tuple[Float64[Tensor, "gro
     forming product -+ bound round once each.
     """
     n_terms = a.values.shape[-1]
-    n_chunks = max(1, -(-n_terms // CHUNK_TERMS))
+    n_chunks = -(-n_terms // CHUNK_TERMS) if n_terms > WHOLE_TERMS else 1
     size = max(1, -(-n_terms // n_chunks))
     columns = b.values.transpose(1, 2)
     product = work.of_shape(a.values.shape[0], a.values.shape[1], b.values.shape[1])
@@ -205,9 +208,11 @@ def _decide(
             rows = slice(start, start + step)
             values, high = product[group, rows], out[group, rows]
             error, end, low = (buffer[: values.shape[0]] for buffer in (errors, ends, lows))
-            torch.mul(row_bound[group, rows, None], col_norms[group], out=error)
-            if col_bound is not None:
-                error += col_bound
+            # Fused or not, as the kernel likes: a bound decides no bit.
+            if col_bound is None:
+                torch.mul(row_bound[group, rows, None], col_norms[group], out=error)
+            else:
+                torch.addcmul(col_bound, row_bound[group, rows, None], col_norms[group], out=error)
             low.copy_(torch.sub(values, error, out=end))
             high.copy_(torch.add(values, error, out=end))
             if not torch.equal(low, high):
@@ -222,7 +227,7 @@ def dot_pairs(
     a: Rows, b: Rows, group: Tensor, row: Tensor, col: Tensor, bias: Tensor | None, factor: float
 ) -> Float32[Tensor, " pair"]:
     """The outputs at some places, by `repair`; a few at a time, as each gathers two rows."""
-    step = max(1, (1 << 20) // max(1, a.values.shape[-1]))
+    step = pairs_at_once(a.values)
     pieces = []
     for start in range(0, group.shape[0], step):
         g, i, j = (index[start : start + step] for index in (group, row, col))

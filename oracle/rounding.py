@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Format(NamedTuple):
@@ -75,7 +77,7 @@ def round_fixed(value: int, error: int, point: int, to: Format) -> float | None:
     return math.copysign(math.ldexp(kept, drop - point), value) if kept else 0.0
 
 
-def until_decided(attempt: Callable[[int], float | None], bits: int) -> float:
+def until_decided(attempt: Callable[[int], T | None], bits: int) -> T:
     """Ziv's strategy: attempt with more and more bits until the rounding can be told."""
     while (result := attempt(bits)) is None:
         bits *= 2

@@ -8,7 +8,7 @@ a draw compares a 64-bit word, a function of (seed, step, sequence, position), w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ def counts(
         raise ExactError(
             f"counts: a row must have 1 to {MAX_SUM_TERMS} tokens to draw from, got {logits.shape[-1]}"
         )
+    if excluded is not None and not 0 <= excluded < logits.shape[-1]:
+        raise ExactError(f"counts: the excluded token must be in [0, {logits.shape[-1]}), got {excluded}")
     require_finite(logits, "counts: logits")
     values = logits.detach().double()
     if excluded is not None:
@@ -85,17 +87,25 @@ def exact_sample(
         steps: Number of grid steps; with more steps fewer tokens are drawn at once.
         temperature: Divides the logits; 0 takes the first of the most probable tokens.
         indices: Number of each sequence, the key of its draws; by default its row.
+        progress: Show a bar where there is a terminal and tqdm is installed.
+    Raises:
+        DataError: If an argument is outside its range, whether or not there is a mask to fill.
     """
-    from tqdm import tqdm  # here, so that the package imports without it
-
     if steps < 1:
         raise DataError(f"steps must be at least 1, got {steps}")
-    if temperature < 0.0:
-        raise DataError(f"temperature must be at least 0, got {temperature}")
+    if not 0.0 <= temperature < float("inf"):
+        raise DataError(f"temperature must be at least 0 and finite, got {temperature}")
+    _require_ids(start, oracle.model.config.vocab_size)
     mask_id, length = oracle.model.config.mask_id, start.shape[1]
     numbers = list(indices) if indices is not None else list(range(start.shape[0]))
+    if len(numbers) != start.shape[0]:
+        raise DataError(
+            f"indices must number each of the {start.shape[0]} sequences, got {len(numbers)}; none for 0, 1, ..."
+        )
+    for number in numbers:
+        random_bits(seed, "range", number, 0)  # refuses a seed or number that is none
     x = start.clone()
-    for step in tqdm(range(steps), desc="denoise", unit="step", disable=None if progress else True):
+    for step in _shown(range(steps)) if progress else range(steps):
         is_masked = x == mask_id
         if not bool(is_masked.any()):
             break
@@ -123,3 +133,26 @@ def exact_sample(
             tokens = draw(counts(logits, mask_id, temperature), words)
         x[rows, positions] = tokens
     return x
+
+
+def _require_ids(start: Tensor, vocab_size: int) -> None:
+    if start.dtype != torch.int64 or start.dim() != 2 or start.numel() == 0:
+        raise DataError(
+            f"start must be int64 [batch pos] and not empty, "
+            f"got {str(start.dtype).removeprefix('torch.')} {list(start.shape)}"
+        )
+    low, high = (int(bound) for bound in start.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise DataError(
+            f"token ids must be in [0, {vocab_size}), got {low if low < 0 else high}; "
+            f"was the text encoded with another tokenizer?"
+        )
+
+
+def _shown(steps: range) -> Iterable[int]:
+    """The steps, with a progress bar if there is the library for it: an odd machine may have torch and numpy only."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return steps
+    return tqdm(steps, desc="denoise", unit="step", disable=None)

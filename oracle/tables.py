@@ -75,13 +75,12 @@ def cos_sin(mantissa: int, exponent: int) -> tuple[float, float]:
     if mantissa == 0:
         return 1.0, 0.0
 
-    bits = FIRST_BITS
-    while True:
+    def attempt(bits: int) -> tuple[float, float] | None:
         c, s, error = cos_sin_fixed(mantissa, exponent, bits)
         cosine, sine = round_fixed(c, error, bits, BINARY32), round_fixed(s, error, bits, BINARY32)
-        if cosine is not None and sine is not None:
-            return cosine, sine
-        bits *= 2
+        return None if cosine is None or sine is None else (cosine, sine)
+
+    return until_decided(attempt, FIRST_BITS)
 
 
 def dyadic(value: float) -> tuple[int, int]:
@@ -124,8 +123,12 @@ def rotary_tables(
     """cos and sin [pos, half] of position times inverse frequency, correctly rounded.
 
     Raises:
-        ExactError: If a frequency is not finite.
+        ExactError: If a frequency is not finite, or the number of positions negative.
     """
+    if n_positions < 0:
+        raise ExactError(
+            f"rotary_tables: n_positions must be at least 0, got {n_positions}; is a length missing?"
+        )
     if not np.isfinite(inv_freq).all():
         raise ExactError("rotary_tables: inv_freq has values that are not finite; load the checkpoint again")
     key = inv_freq.astype("<f4").tobytes()
@@ -168,7 +171,16 @@ def time_frequency(k: int, half: int) -> float:
 
 @lru_cache(maxsize=1024)
 def time_features(sigma: float, width: int) -> tuple[float, ...]:
-    """width / 2 cosines of sigma times the frequencies, then as many sines, correctly rounded."""
+    """width / 2 cosines of sigma times the frequencies, then as many sines, correctly rounded.
+
+    Raises:
+        ExactError: If the width is odd or less than 2.
+    """
+    if width < 2 or width % 2:
+        raise ExactError(
+            f"time_features: width must be even and at least 2, as many sines as cosines, got {width}; "
+            f"the model's is 256"
+        )
     half = width // 2
     sigma_mantissa, sigma_exponent = dyadic(sigma)
     pairs = []

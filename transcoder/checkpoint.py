@@ -1,19 +1,17 @@
-"""A transcoder as a directory, and the state of a training run.
+"""A transcoder as a directory.
 
     config.json                       format, shape and hook points, provenance (run, store and model by hash)
-    clt.safetensors                   W_enc, b_enc, W_dec.0 ..., b_dec and the normalisation, float32
+    clt.safetensors                   W_enc, b_enc, W_dec.0 ..., b_dec, log_threshold and W_skip where there are any,
+                                      and the normalisation, float32
     training_sequences.safetensors    hashes of the text it was trained on, int64; absent if that is not known
 
 Every file is complete and on disk before it gets its name, and config.json comes last: a directory
-without it is no transcoder. A training state is such a directory with the optimiser's tensors and the
-loop's position beside it; it is renamed into place as a whole.
+without it is no transcoder.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mdlm_interp.atomic_files import PREFIX, replacing, replacing_directory
+from mdlm_interp.atomic_files import replacing
 from mdlm_interp.config_files import from_mapping, to_mapping
 from mdlm_interp.errors import CheckpointError, ConfigError, OutputExistsError, nearest
 from mdlm_interp.model import HookedMDLM
@@ -38,9 +36,6 @@ VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "clt.safetensors"
 SEQUENCES = "training_sequences.safetensors"
-OPTIMISER = "optimiser.safetensors"
-LOOP = "loop.json"
-CHECKPOINTS = "checkpoints"
 
 
 def save_clt(clt: CrossLayerTranscoder, directory: str | Path) -> None:
@@ -152,31 +147,6 @@ def _read_sequences(path: Path) -> NDArray[np.int64] | None:
     if hashes is None or hashes.dtype != torch.int64 or hashes.ndim != 1:
         raise CheckpointError(f"{path} must hold one row of int64 'hashes'; restore it from a copy")
     return np.asarray(hashes.numpy())
-
-
-def save_training_state(
-    out: Path, clt: CrossLayerTranscoder, optimiser: Mapping[str, Tensor], loop: Mapping[str, Any]
-) -> Path:
-    """Write the state after loop["step"] steps and remove older ones; returns its directory.
-
-    Raises:
-        WriteError: If the disk is full or failing; the older states are still there then.
-    """
-    final = out / CHECKPOINTS / f"step-{loop['step']:08d}"
-    with replacing_directory(final) as partial:
-        save_clt(clt, partial)
-        write_tensors(partial / OPTIMISER, optimiser)
-        write_json(partial / LOOP, loop)
-    for other in final.parent.iterdir():
-        if other != final and re.fullmatch(rf"({re.escape(PREFIX)})?step-\d{{8}}", other.name):
-            shutil.rmtree(other)
-    return final
-
-
-def latest_training_state(out: Path) -> Path | None:
-    """Directory of the newest complete state, or None."""
-    found = sorted(path for path in (out / CHECKPOINTS).glob("step-????????") if path.is_dir())
-    return found[-1] if found else None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

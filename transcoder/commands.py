@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mdlm_interp.config_args import parse_args
 from mdlm_interp.program import invocation
-from transcoder.config import METRICS, CLTRunConfig, require_apart, require_at_least_one
+from transcoder.config import METRICS, CLTRunConfig
+from transcoder.config_checks import require_apart, require_at_least_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,9 @@ def train(argv: Sequence[str]) -> int:
     config = parse_args(
         CLTRunConfig, argv, prog="mdlm-interp clt train", positional=("store",), config_file=True
     )
-    from transcoder.checkpoint import latest_training_state
     from transcoder.run import train as run
     from transcoder.training_log import read_log
+    from transcoder.training_state import latest_training_state
 
     try:
         clt = run(config, progress=True)
@@ -57,7 +58,8 @@ def train(argv: Sequence[str]) -> int:
             f"after {last['step']} steps on {last['rows']:,} rows: FVU {last['fvu']:.3f}, "
             f"L0 {last['l0']:.1f} per layer, {last['dead']} dead features"
         )
-    print(f"next: {invocation()} clt eval {config.out} {config.store} --model {_model_of(config.store)}")
+    if config.store is not None:
+        print(f"next: {invocation()} clt eval {config.out} {config.store} --model {_model_of(config.store)}")
     return 0
 
 

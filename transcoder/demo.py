@@ -28,7 +28,8 @@ from mdlm_interp.filling import encode_prompt, fill_masks
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
 from transcoder import demo_report
-from transcoder.config import METRICS, CLTRunConfig, TrainConfig, require_at_least_one, require_k_features
+from transcoder.config import METRICS, CLTRunConfig, TrainConfig
+from transcoder.config_checks import require_at_least_one, require_k_features
 from transcoder.effects import PredictionEffects, feature_effects
 from transcoder.evaluation import Evaluation, evaluate
 from transcoder.model import CrossLayerTranscoder

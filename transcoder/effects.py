@@ -9,7 +9,7 @@ A logit here is the log-odds of the target, log(p / (1 - p)): its raw logit minu
 others but the mask. Adding a constant to every raw logit changes no prediction, and does not change this.
 """
 
-# Axes: pos, d_model, feature, layer, target (layers from the source on), vocab
+# Axes: pos, d_model, feature, layer, target (layers that a source writes to), vocab
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def attribute_features(
     with torch.no_grad():
         acts = replacement.feature_acts(input_ids, timesteps)[:, 0]
         for layer in range(clt.config.n_layers):
-            slopes = gradients[layer:] / clt.out_scale[layer:, None, None]
+            targets = clt.config.targets(layer)
+            slopes = gradients[targets.start : targets.stop] / clt.target_scale(layer)[:, None, None]
             estimates = -acts[layer] * torch.einsum("tpd,ftd->pf", slopes, clt.W_dec[layer])
             active = (acts[layer] > 0).nonzero()
             rows.append(torch.cat([torch.full_like(active[:, :1], layer), active], 1))

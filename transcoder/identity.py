@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mdlm_interp.checkpoints import resolve_source, weights_sha256
 from mdlm_interp.diffusion import LogLinearSchedule
 from mdlm_interp.errors import CheckpointError, DataError, StoreError
 from mdlm_interp.model import HookedMDLM
+from mdlm_interp.shapes import Int
 from transcoder.config import TranscoderConfig
 from transcoder.data import RowStore
 
@@ -38,15 +40,30 @@ PROBE_TOLERANCE = 1e-3
 
 def make_probe(store: RowStore, config: TranscoderConfig) -> dict[str, Any]:
     """The first sequence of a store, and activations of every output hook at a few places of it."""
-    positions = _spread(store.length)
-    dims = _spread(config.d_model)
-    read = store.read(positions, list(config.output_hooks))
+    rows = store.sequence_rows(0)
+    read = store.read(rows, list(config.output_hooks))
+    x_t = store.tokens()[1][0]
+    x_t = x_t[x_t >= 0]  # the end of a shorter sequence is filled with -1
+    positions = store.coords(rows, ["pos"])["pos"]
+    return probe_of(x_t, float(store.times()[0]), positions, [read[name] for name in config.output_hooks])
+
+
+def probe_of(
+    x_t: Int[Tensor, " pos"], t: float, positions: Int[Tensor, " row"], outputs: Sequence[Tensor]
+) -> dict[str, Any]:
+    """A probe of a sequence's rows.
+
+    Args:
+        positions: That the rows are of.
+        outputs: Activations [row d_model] of each output hook point.
+    """
+    places, dims = _spread(len(positions)), _spread(outputs[0].shape[1])
     return {
-        "x_t": store.tokens()[1][0].tolist(),
-        "t": float(store.times()[0]),
-        "positions": positions,
+        "x_t": x_t.tolist(),
+        "t": t,
+        "positions": positions[places].tolist(),
         "dims": dims,
-        "values": [read[name][:, dims].tolist() for name in config.output_hooks],
+        "values": [acts[places][:, dims].tolist() for acts in outputs],
     }
 
 

@@ -1,68 +1,60 @@
-"""What training minimises: reconstruction, and a term that revives dead features.
+"""What training minimises besides penalties: reconstruction, and a term that revives dead features.
 
 Both take activations in normalised units and are means over tokens, so they do not depend on batch size.
 """
 
-# Axes: layer, batch, d_model, feature
+# Axes: layer, batch, d_model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from mdlm_interp.shapes import Bool, Float
-from transcoder.activations import topk
+from mdlm_interp.shapes import Float
 
 
 def layer_fvu(
-    y_hat: Float[Tensor, "layer batch d_model"], y: Float[Tensor, "layer batch d_model"]
+    y_hat: Float[Tensor, "layer batch d_model"],
+    y: Float[Tensor, "layer batch d_model"],
+    row_weights: Float[Tensor, "layer batch"] | None = None,
 ) -> Float[Tensor, " layer"]:
-    """Squared error of each layer over the store's total variance, which is d_model in normalised units."""
-    return (y_hat - y).square().mean((1, 2))
+    """Squared error of each layer over the store's total variance, which is d_model in normalised units.
+
+    Args:
+        row_weights: Factor on each row's error; the mean is still over all rows.
+    """
+    return _weighted((y_hat - y).square(), row_weights).mean((1, 2))
 
 
 def reconstruction_loss(
-    y_hat: Float[Tensor, "layer batch d_model"], y: Float[Tensor, "layer batch d_model"]
+    y_hat: Float[Tensor, "layer batch d_model"],
+    y: Float[Tensor, "layer batch d_model"],
+    row_weights: Float[Tensor, "layer batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean over layers of the fraction of variance unexplained."""
-    return layer_fvu(y_hat, y).mean()
+    return layer_fvu(y_hat, y, row_weights).mean()
 
 
 def auxk_loss(
     residual: Float[Tensor, "layer batch d_model"],
-    pre_acts: Float[Tensor, "layer batch feature"],
-    is_dead: Bool[Tensor, "layer feature"],
-    W_dec: Sequence[Tensor],
-    k: int,
+    revived: Float[Tensor, "layer batch d_model"],
+    row_weights: Float[Tensor, "layer batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Share of the reconstruction's error that the k strongest dead features of each layer leave over.
-
-    Zero when nothing is dead or k is 0. Only dead features get a gradient.
+    """Share of the reconstruction's error that dead features leave over.
 
     Args:
         residual: y - y_hat; taken as a constant.
-        W_dec: Decoders [feature later d_model] of each source layer.
+        revived: What the strongest dead features would write, without b_dec.
+        row_weights: Factor on each row's squared error.
     Source:
         Gao et al. 2024, arXiv:2406.04093, appendix A.2 (AuxK).
     """
-    n_layers, _, d_model = residual.shape
-    if k == 0 or not bool(is_dead.any()):
-        return residual.new_zeros(())
-    target = residual.detach()
-    revived: list[list[Tensor]] = [[] for _ in range(n_layers)]
-    for source in range(n_layers):
-        dead = is_dead[source].nonzero()[:, 0]
-        if len(dead) == 0:
-            continue
-        acts = topk(pre_acts[source].index_select(1, dead), min(k, len(dead)))
-        written = acts @ W_dec[source].index_select(0, dead).flatten(1)
-        for later, part in enumerate(torch.split(written, d_model, dim=1)):
-            revived[source + later].append(part)
-    errors = [
-        (goal - torch.stack(parts).sum(0) if parts else goal).square().mean()
-        for goal, parts in zip(target, revived, strict=True)
-    ]
+    goal = residual.detach()
+    errors, all_of_it = (
+        _weighted(part.square(), row_weights).mean((1, 2)).sum() for part in (goal - revived, goal)
+    )
     # A layer without error has nothing left to explain; the floor keeps 0 / 0 out.
-    return torch.stack(errors).sum() / target.square().mean((1, 2)).sum().clamp(min=1e-12)
+    return errors / all_of_it.clamp(min=1e-12)
+
+
+def _weighted(squares: Tensor, row_weights: Tensor | None) -> Tensor:
+    return squares if row_weights is None else squares * row_weights[..., None]

@@ -68,7 +68,7 @@ class ReconstructionMetrics:
     ) -> None:
         """Add rows: the model's MLP inputs and outputs."""
         feature_acts = self.clt.encode(x)
-        y_hat = self.clt.decode(feature_acts)
+        y_hat = self.clt.decode(feature_acts, x)
         cosine = torch.nn.functional.cosine_similarity(y_hat.double(), y.double(), dim=-1)
         for stratum, chosen in enumerate((~is_masked, is_masked)):
             # About the store's mean, which leaves less to cancel in the variance.

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transcoder.evaluation import MEAN, ORIGINAL, REPLACED, ZERO, Evaluation
-from transcoder.metrics import STRATA
+from transcoder.metrics import STRATA, LayerMetrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,17 +28,22 @@ COLOURS = {"all": "#333333", "unmasked": "#4477aa", "masked": "#ee6677"}
 
 def plot_fvu(evaluation: Evaluation) -> Figure:
     """Fraction of variance unexplained by layer and stratum."""
+    return draw_fvu(evaluation.layers, f"Reconstruction of MLP outputs on {_which(evaluation)} positions")
+
+
+def draw_fvu(layers: Mapping[str, Sequence[LayerMetrics]], title: str) -> Figure:
+    """The same of anything that was measured by stratum and layer."""
     figure, axes = new_figure()
-    numbers = np.arange(len(evaluation.layers["all"]))
+    numbers = np.arange(len(layers["all"]))
     for offset, stratum in enumerate(STRATA):
-        values = _drawable(layer.fvu for layer in evaluation.layers[stratum])
+        values = _drawable(layer.fvu for layer in layers[stratum])
         places = numbers + 0.27 * (offset - 1)
         axes.bar(places, values, 0.25, label=stratum, color=COLOURS[stratum])
         mark_undefined(axes, places, values)
     axes.set_xticks(numbers)
     axes.set_xlabel("layer")
     axes.set_ylabel("fraction of variance unexplained")
-    axes.set_title(f"Reconstruction of MLP outputs on {_which(evaluation)} positions")
+    axes.set_title(title)
     axes.legend(title="positions")
     return figure
 
@@ -95,18 +101,23 @@ def mark_undefined(axes: Any, places: Iterable[float], values: Iterable[float]) 
 
 def plot_density(evaluation: Evaluation) -> Figure:
     """Histogram of how often features are active, by layer."""
+    title = f"Feature density on {_which(evaluation)} positions"
+    return draw_density(evaluation.density, evaluation.n_positions, title)
+
+
+def draw_density(density: NDArray[np.float64], n_rows: int, title: str) -> Figure:
+    """The same of shares of rows [layer feature]."""
     figure, axes = new_figure()
-    floor = 1.0 / max(1, evaluation.n_positions)
-    edges = np.linspace(math.log10(floor), 0.0, 31)
-    n_layers = evaluation.density.shape[0]
-    for layer, share in enumerate(evaluation.density):
+    edges = np.linspace(math.log10(1.0 / max(1, n_rows)), 0.0, 31)
+    n_layers = density.shape[0]
+    for layer, share in enumerate(density):
         alive = share[share > 0]
         label = f"layer {layer} ({len(share) - len(alive)} dead)"
-        shade = 0.85 * layer / max(1, n_layers - 1)
-        axes.hist(np.log10(alive), edges, histtype="step", label=label, color=_colour(shade), linewidth=1.4)
+        colour = layer_colour(layer, n_layers)
+        axes.hist(np.log10(alive), edges, histtype="step", label=label, color=colour, linewidth=1.4)
     axes.set_xlabel("log10 of the share of positions at which a feature is active")
     axes.set_ylabel("features")
-    axes.set_title(f"Feature density on {_which(evaluation)} positions")
+    axes.set_title(title)
     axes.legend(fontsize="small", ncols=1 + n_layers // 9)
     return figure
 
@@ -118,8 +129,8 @@ def plot_training(log: Sequence[Mapping[str, Any]]) -> Figure:
     n_layers = len(log[0]["fvu_by_layer"])
     for layer in range(n_layers):
         values = [entry["fvu_by_layer"][layer] for entry in log]
-        shade = 0.85 * layer / max(1, n_layers - 1)
-        axes.plot(rows, values, label=f"layer {layer}", color=_colour(shade), linewidth=1.0)
+        colour = layer_colour(layer, n_layers)
+        axes.plot(rows, values, label=f"layer {layer}", color=colour, linewidth=1.0)
     axes.plot(rows, [entry["fvu"] for entry in log], color="black", linewidth=2.0, label="mean")
     axes.set_yscale("log")
     axes.set_xlabel("training rows (tokens)")
@@ -146,7 +157,8 @@ def new_figure() -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _colour(shade: float) -> Any:
+def layer_colour(layer: int, n_layers: int) -> Any:
+    """The colour of a layer in every plot that has them all."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](shade)
+    return colormaps["viridis"](0.85 * layer / max(1, n_layers - 1))

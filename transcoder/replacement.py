@@ -1,9 +1,9 @@
 """A model with a transcoder in place of its MLPs, by hooks.
 
 At `blocks.l.mlp.hook_in` layer l's features are encoded from what the MLP would read; at
-`blocks.l.hook_mlp_out` the MLP's output is replaced by the reconstruction from the features of layers
-0 to l of this same pass. With the error terms of a pass without the splice added back, the result is
-the model's own, bit for bit. Feature edits leave the MLPs in place and add only the difference that
+`blocks.l.hook_mlp_out` the MLP's output is replaced by the reconstruction from the features of the layers
+up to l that write to it, of this same pass. With the error terms of a pass without the splice added back,
+the result is the model's own, bit for bit. Feature edits leave the MLPs in place and add only the difference that
 the edit makes to the reconstruction, so the model's own errors are kept.
 
 All of these are contexts on the model itself and nest with any other hooks.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -52,6 +52,15 @@ class ErrorTerms:
     def values(self) -> Float[Tensor, "layer batch pos d_model"]:
         """What the reconstructions miss."""
         return torch.stack(self.y) - torch.stack(self.y_hat)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What one pass gives the decoders, by layer."""
+
+    acts: dict[int, Tensor] = field(default_factory=dict)
+    x: dict[int, Tensor] = field(default_factory=dict)
+    """Inputs of the encoders; only of a transcoder with a skip."""
 
 
 class ReplacementModel:
@@ -99,17 +108,17 @@ class ReplacementModel:
         self, input_ids: Int64[Tensor, "batch pos"], timesteps: Tensor | None = None
     ) -> ErrorTerms:
         """What the transcoder misses of each MLP's output, in the model as other hooks leave it."""
-        acts: dict[int, Tensor] = {}
+        encoded = _Encoded()
         outputs: dict[str, Tensor] = {}
         y_hat: dict[str, Tensor] = {}
         targets = {name: layer for layer, name in enumerate(self.clt.config.output_hooks)}
 
         def compare(tensor: Tensor, hook: HookPoint) -> None:
             outputs[hook.name] = tensor
-            y_hat[hook.name] = self._decode_to(targets[hook.name], acts)
+            y_hat[hook.name] = self._decode_to(targets[hook.name], encoded)
 
         with (
-            self._encoding(self.clt.config.n_layers, acts),
+            self._encoding(self.clt.config.n_layers, encoded),
             self._hooks(dict.fromkeys(targets, compare), read_only=True),
         ):
             self.model(input_ids, timesteps)
@@ -148,11 +157,11 @@ class ReplacementModel:
             errors: Added to the reconstructions; from `error_terms`, on the same input.
         """
         chosen = self._layers(layers)
-        acts: dict[int, Tensor] = {}
+        encoded = _Encoded()
 
         def write(target: int) -> HookFunction:
             def replace(tensor: Tensor, hook: HookPoint) -> Tensor:
-                y_hat = self._decode_to(target, acts)
+                y_hat = self._decode_to(target, encoded)
                 if errors is None:
                     return y_hat
                 # Not y_hat + (y - y_hat): this way the output keeps its bits while the reconstruction does.
@@ -160,7 +169,7 @@ class ReplacementModel:
 
             return replace
 
-        with self._encoding(max(chosen, default=-1) + 1, acts), self._writing(chosen, write):
+        with self._encoding(max(chosen, default=-1) + 1, encoded), self._writing(chosen, write):
             yield
 
     @contextmanager
@@ -202,7 +211,9 @@ class ReplacementModel:
 
         def write(target: int) -> HookFunction:
             def add(tensor: Tensor, hook: HookPoint) -> Tensor | None:
-                for source in sorted(layer for layer in changes if layer <= target):
+                for source in self.clt.config.sources(target):
+                    if source not in changes:
+                        continue
                     for feature, change in changes[source].items():
                         row = self.clt.decoder_rows(source, feature)[target - source]
                         # Not a sum over all positions: x + 0 would turn -0 into 0.
@@ -216,8 +227,8 @@ class ReplacementModel:
         with self._hooks(reading, read_only=True), self._writing(list(targets), write):
             yield
 
-    def _decode_to(self, target: int, acts: Mapping[int, Tensor]) -> Tensor:
-        return self.clt.decode_to(target, [acts[source] for source in range(target + 1)])
+    def _decode_to(self, target: int, encoded: _Encoded) -> Tensor:
+        return self.clt.decode_to(target, encoded.acts, encoded.x.get(target))
 
     def _layers(self, layers: Sequence[int] | None) -> list[int]:
         n_layers = self.clt.config.n_layers
@@ -228,12 +239,14 @@ class ReplacementModel:
         return chosen
 
     @contextmanager
-    def _encoding(self, n_layers: int, acts: dict[int, Tensor]) -> Iterator[None]:
-        """Keep the feature activations of the first layers of each pass in `acts`."""
+    def _encoding(self, n_layers: int, encoded: _Encoded) -> Iterator[None]:
+        """Keep the feature activations of the first layers of each pass, and what a skip reads."""
 
         def read(layer: int) -> HookFunction:
             def encode(tensor: Tensor, hook: HookPoint) -> None:
-                acts[layer] = self.clt.encode_layer(tensor, layer)
+                encoded.acts[layer] = self.clt.encode_layer(tensor, layer)
+                if self.clt.config.skip:
+                    encoded.x[layer] = tensor
 
             return encode
 
@@ -242,7 +255,8 @@ class ReplacementModel:
             with self._hooks(functions, read_only=True):
                 yield
         finally:
-            acts.clear()
+            encoded.acts.clear()
+            encoded.x.clear()
 
     @contextmanager
     def _writing(self, layers: Sequence[int], write: Callable[[int], HookFunction]) -> Iterator[None]:

@@ -1,7 +1,14 @@
-"""A training run: an activation store in, a transcoder's directory out, continued where it stopped."""
+"""A training run: activations in, a transcoder's directory out, continued where it stopped.
+
+1. The rows are proved to be the model's, unless a saved state has the proof.
+2. The loop trains and saves states.
+3. A BatchTopK is calibrated on held-out rows, plots are drawn, and the transcoder is saved: config.json last, so that
+   a run which dies before continues from its last state.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -11,50 +18,48 @@ from typing import Any
 import numpy as np
 import torch
 
+from capture import ActivationStore, open_store
 from mdlm_interp import __version__
 from mdlm_interp.atomic_files import write_errors
 from mdlm_interp.config_files import to_mapping
 from mdlm_interp.devices import usable_device
 from mdlm_interp.errors import CheckpointError, OutputExistsError
-from transcoder.checkpoint import (
-    CHECKPOINTS,
-    CONFIG,
-    LOOP,
-    OPTIMISER,
-    latest_training_state,
-    load_clt,
-    read_json,
-    read_tensors,
-    save_clt,
-    write_json,
-)
-from transcoder.config import METRICS, CLTRunConfig, TranscoderConfig
-from transcoder.data import (
-    BatchLoader,
-    RowOrder,
-    RowStore,
-    coverage,
-    infer_shape,
-    split_sequences,
-    store_normalisation,
-)
-from transcoder.held_out import cut_of, sequence_hashes
-from transcoder.identity import make_probe, store_origin
+from transcoder.calibration import calibrated
+from transcoder.checkpoint import CONFIG, read_json, save_clt, write_json
+from transcoder.config import METRICS, CLTRunConfig
+from transcoder.data import coverage
+from transcoder.held_out import sequence_hashes
+from transcoder.initialisation import set_firing_rates
 from transcoder.model import CrossLayerTranscoder
+from transcoder.run_plots import draw_run
+from transcoder.sources import Source, StoreSource
 from transcoder.trainer import Trainer, fit
 from transcoder.training_log import trim_log
+from transcoder.training_state import (
+    CHECKPOINTS,
+    damaged_state,
+    latest_training_state,
+    load_training_state,
+)
 
 RUN = "run.json"
 """File beside the saved states that says whose they, and the metrics, are; there from the run's start."""
 
-RESUMABLE_CHANGES = ("store", "out", "device", "train.log_every", "train.checkpoint_every")
+RESUMABLE_CHANGES = frozenset(
+    {"store", "out", "device", "model"}
+    | {
+        f"train.{name}"
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "plots", "tensorboard")
+    }
+    | {"train.wandb", "train.verify_sequences"}
+)
 """Settings that may differ between the run that was stopped and the one that continues it."""
 
 logger = logging.getLogger(__name__)
 
 
 def train(
-    config: CLTRunConfig, *, store: RowStore | None = None, progress: bool = False
+    config: CLTRunConfig, *, store: ActivationStore | None = None, progress: bool = False
 ) -> CrossLayerTranscoder:
     """Train to the end, continuing the run found in config.out, and save the transcoder there.
 
@@ -64,7 +69,8 @@ def train(
     Raises:
         OutputExistsError: If config.out holds a finished run, or metrics that no run here can continue.
         CheckpointError: If it holds a run with other settings or on another store.
-        StoreError: If the store does not say with which model and tokenizer it was captured.
+        StoreError: If the store does not say with which model and tokenizer it was captured, or a row of it is not
+            what that model computes.
         DataError: If the loss is not finite, or the store has too little in it.
         WriteError: If the disk is full or failing; the same command continues from the last saved state.
         KeyboardInterrupt: After saving the state, on Ctrl-C or SIGTERM.
@@ -72,21 +78,45 @@ def train(
     if (config.out / CONFIG).exists():
         raise OutputExistsError(f"{config.out} holds a finished transcoder; choose another out directory")
     refuse_foreign_log(config.out)
-    if store is None:
-        from capture import open_store
-
-        store = open_store(config.store)
-    held = coverage(store)
-    if not held.complete:
-        logger.warning("the store has only %s; training goes on with these", held)
-    trainer = prepare(config, store)
+    source = source_of(config, store)
+    trainer = prepare(config, source)
     with write_errors(config.out):
         config.out.mkdir(parents=True, exist_ok=True)
     begin_log(config.out, trainer)
     fit(trainer, config.out, progress=progress)
-    save_clt(trainer.clt, config.out)
+    return finish(config, trainer.clt, source)
+
+
+def source_of(config: CLTRunConfig, store: ActivationStore | None = None) -> Source:
+    """What a run trains on.
+
+    Args:
+        store: The opened store, if not the one at config.store.
+    """
+    if store is None and config.store is None:
+        from transcoder.live_source import LiveSource
+
+        return LiveSource(config)
+    if store is None:
+        assert config.store is not None
+        store = open_store(config.store)
+    held = coverage(store)
+    if not held.complete:
+        logger.warning("the store has only %s; training goes on with these", held)
+    return StoreSource(store, config)
+
+
+def finish(config: CLTRunConfig, clt: CrossLayerTranscoder, source: Source) -> CrossLayerTranscoder:
+    """Calibrate, draw, save, and remove the states."""
+    drawn = config.train.plots
+    held_out = source.held_out(clt.config) if drawn or clt.config.activation == "batchtopk" else []
+    if clt.config.activation == "batchtopk":
+        clt = calibrated(clt, [batch.x.to(clt.b_enc.device) for batch in held_out])
+    if drawn:
+        draw_run(clt, held_out, config.out)
+    save_clt(clt, config.out)
     shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
-    return trainer.clt
+    return clt
 
 
 def refuse_foreign_log(out: Path) -> None:
@@ -116,63 +146,57 @@ def _has_content(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def prepare(config: CLTRunConfig, store: RowStore) -> Trainer:
+def prepare(config: CLTRunConfig, source: Source) -> Trainer:
     """A new run, or the one saved in config.out."""
     device = usable_device(config.device)
-    store_origin(store)
-    n_layers, d_model = infer_shape(store, config.input_hook, config.output_hook)
-    shape = TranscoderConfig(
-        n_layers=n_layers,
-        d_model=d_model,
-        n_features=config.n_features,
-        k=config.k,
-        input_hook=config.input_hook,
-        output_hook=config.output_hook,
-    )
-    x_0 = store.tokens()[0]
-    split = split_sequences(x_0, config.held_out_fraction, config.train.seed)
-    order = RowOrder(
-        split.train, store.length, seed=config.train.seed, window_chunks=config.train.window_chunks
-    )
-    loader = BatchLoader(store, order, config.train.batch_size, shape.input_hooks, shape.output_hooks)
-    provenance = _provenance(config, shape, store)
+    shape = config.shape(*source.dimensions)
+    batches = source.batches(shape)
+    norms = (source.normalisation(shape.input_hooks), source.normalisation(shape.output_hooks))
+    clt = CrossLayerTranscoder(shape, *norms, seed=config.train.seed, init=config.init).to(device)
+    clt.training_sequences = np.unique(sequence_hashes(source.x_0)[source.split.train])
+    provenance = _provenance(config, clt, source.record(shape))
+    trainer = Trainer(clt, batches, config.train)
     saved = latest_training_state(config.out)
     if saved is None:
-        norms = (
-            store_normalisation(store, shape.input_hooks),
-            store_normalisation(store, shape.output_hooks),
-        )
-        clt = CrossLayerTranscoder(shape, *norms, seed=config.train.seed).to(device)
-    else:
-        clt = load_clt(saved, device=device)
-        _check_same_run(clt.provenance, provenance, saved)
-        logger.info("continuing from %s", saved)
-    clt.provenance = provenance
-    clt.training_sequences = np.unique(sequence_hashes(x_0)[split.train])
-    trainer = Trainer(clt, loader, config.train)
-    if saved is not None:
-        try:
-            trainer.restore(read_json(saved / LOOP), read_tensors(saved / OPTIMISER))
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{saved} is damaged ({type(error).__name__}: {error}); restore it from a copy or remove "
-                f"{config.out} to start over"
-            ) from None
+        if config.init.active_features is not None:
+            rows = _first_rows(trainer, config.init.rows).to(device)
+            set_firing_rates(clt, rows, config.init.active_features)
+        clt.provenance = {**provenance, "verification": source.verified(shape)}
+        return trainer
+    tensors, state = load_training_state(saved)
+    try:
+        before = state["provenance"]
+        _check_same_run(before, provenance, saved)
+        trainer.restore(tensors, state)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise damaged_state(saved, error) from None
+    clt.provenance = {**provenance, "verification": before.get("verification")}
+    logger.info("continuing from %s", saved)
     return trainer
 
 
-def _provenance(config: CLTRunConfig, shape: TranscoderConfig, store: RowStore) -> dict[str, Any]:
+def _first_rows(trainer: Trainer, count: int) -> torch.Tensor:
+    """Inputs [layer row d_model] of the run's first batches."""
+    size = trainer.config.batch_size
+    steps = range(-(-count // size))
+    return torch.cat([trainer.batches.batch(step).x for step in steps], 1)[:, :count]
+
+
+def _provenance(config: CLTRunConfig, clt: CrossLayerTranscoder, record: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": to_mapping(config),
-        "store": {
-            "fingerprint": store.fingerprint(),
-            "coverage": coverage(store)._asdict(),
-            "cut": cut_of(store),
-            "provenance": dict(store.provenance),
-        },
-        "probe": make_probe(store, shape),
+        **record,
+        "normalisation_sha256": normalisation_sha256(clt),
         "versions": {"mdlm_interp": __version__, "torch": str(torch.__version__)},
     }
+
+
+def normalisation_sha256(clt: CrossLayerTranscoder) -> str:
+    """Hash of the means and scales that a transcoder's activations are normalised with."""
+    digest = hashlib.sha256()
+    for tensor in (clt.in_mean, clt.in_scale, clt.out_mean, clt.out_scale):
+        digest.update(tensor.detach().cpu().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def _check_same_run(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

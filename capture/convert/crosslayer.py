@@ -7,8 +7,8 @@
     norm_stats.json               for each layer and side, mean and standard deviation (n - 1) of every dimension
 
 Rows keep their order: the loader shuffles within a chunk. It drops what does not fill a batch from one chunk,
-so chunks are as equal as they can be. bfloat16 is kept as uint16, as that project's own generator does; the
-loader takes the bytes for the type that it is told, so it has to be told the type in metadata.json.
+so chunks are as equal as they can be. Its `dtype` has to be the type in metadata.json. There is no bfloat16:
+that project's generator keeps it as uint16, which the released loader takes for whole numbers.
 
 Source:
     decode-clt 0.0.1 (PyPI), clt/training/data/local_activation_store.py and manifest_activation_store.py,
@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,25 @@ from capture import schema
 from capture.convert.hdf5 import Hdf5Writer
 from capture.convert.selection import Selection, as_tensor
 from capture.reader import ActivationStore
-from mdlm_interp.errors import HookError, StoreError, nearest
+from mdlm_interp.errors import ConfigError, HookError, StoreError, nearest
+from mdlm_interp.hooks import select_names
 
 INPUT, TARGET = "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"
 """Hook points that become inputs and targets of a layer."""
 CHUNK_ROWS = 16384
 """Most rows of a chunk; the loader keeps 64 arrays of this many rows in memory."""
-STEP_ROWS = 2048
-"""Rows whose moments are taken together."""
+STEP_ROWS = 256
+"""Rows whose moments are taken together: they stay in the processor's cache."""
 _INDEX = np.dtype([("chunk_id", "<i4"), ("num_tokens", "<i4"), ("offset", "<i8")])
+
+
+def check_type(dtype: schema.StoredType) -> None:
+    """Raise ConfigError for a type that the loader would misread."""
+    if dtype == "bfloat16":
+        raise ConfigError(
+            "crosslayer-coding's loader reads bfloat16 as whole numbers; export with --dtype float32, which loses "
+            "nothing"
+        )
 
 
 def layer_hooks(store: ActivationStore, patterns: Sequence[str] | None) -> tuple[str, ...]:
@@ -53,8 +64,6 @@ def layer_hooks(store: ActivationStore, patterns: Sequence[str] | None) -> tuple
         StoreError: If the store lacks one.
         HookError: If others are asked for, or too few.
     """
-    from mdlm_interp.hooks import select_names
-
     numbers = [int(match[1]) for hook in store.hooks if (match := re.match(r"blocks\.(\d+)\.", hook))]
     known = store.provenance.get("model", {}).get("n_blocks")
     n_layers = int(known) if known is not None else max(numbers, default=0) + 1
@@ -87,18 +96,19 @@ def write_crosslayer(selection: Selection, directory: Path, advance: Callable[[i
     n_chunks = -(-selection.n_rows // CHUNK_ROWS)
     edges = [round(number * selection.n_rows / n_chunks) for number in range(n_chunks + 1)]
     moments = {hook: _Moments(width) for hook in selection.hooks}
-    for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    memory = selection.memory(selection.hooks[0], -(-selection.n_rows // n_chunks))
+    for number, (start, stop) in enumerate(pairwise(edges)):
         with Hdf5Writer.open(directory / f"chunk_{number}.h5") as writer:
             for index, hook in enumerate(selection.hooks):
                 path = f"layer_{index // 2}/{('inputs', 'targets')[index % 2]}"
-                values = selection.acts(hook, start, stop)
+                values = selection.acts(hook, start, stop, memory)
                 writer.array(path, values.shape, values.dtype)
                 writer.fill(path, [values], advance)
                 moments[hook].add(values, selection.dtype)
     sizes = np.diff(edges)
     entries = zip(range(n_chunks), sizes.tolist(), edges[:-1], strict=True)
     (directory / "index.bin").write_bytes(np.array(list(entries), _INDEX).tobytes())
-    _write_json(directory / "metadata.json", _metadata(selection, width, int(sizes.max())))
+    _write_json(directory / "metadata.json", _metadata(selection, width, int(sizes.min())))
     sides = {hook: moments[hook].described(hook) for hook in selection.hooks}
     layers = range(len(selection.hooks) // 2)
     stats = {
@@ -139,8 +149,10 @@ class _Moments:
         for start in range(0, len(values), STEP_ROWS):
             rows = as_tensor(values[start : start + STEP_ROWS], dtype).double().numpy()
             mean = rows.mean(axis=0)
+            rows -= mean
             delta, total = mean - self._mean, self._count + len(rows)
-            self._square += ((rows - mean) ** 2).sum(axis=0) + delta**2 * (self._count * len(rows) / total)
+            between = delta**2 * (self._count * len(rows) / total)
+            self._square += np.einsum("rd,rd->d", rows, rows) + between
             self._mean += delta * (len(rows) / total)
             self._count = total
 

@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from tqdm import tqdm
 
+from capture.convert.crosslayer import check_type, layer_hooks, write_crosslayer
+from capture.convert.hdf5 import h5py_module, write_hdf5
+from capture.convert.safetensors_files import write_safetensors
 from capture.convert.selection import Selection, select
 from capture.forecast import bytes_text
 from capture.places import Directory
 from capture.reader import ActivationStore, open_store
 from capture.schema import StoredType
 from mdlm_interp.atomic_files import refuse_existing, replacing, replacing_directory
-from mdlm_interp.errors import ConfigError, OutputExistsError, StoreError
+from mdlm_interp.errors import ConfigError, OutputExistsError, StoreError, nearest
 
 Target: TypeAlias = Literal["hdf5", "safetensors", "crosslayer-coding"]
 
@@ -62,19 +65,23 @@ def export_store(
         OutputExistsError: If something is at `out`; it is left alone.
         StoreError: If the store is incomplete, damaged, or has not what is asked for, or the disk is too small.
         HookError: If a pattern matches no hook.
-        ConfigError: If h5py is missing.
+        ConfigError: If h5py is missing, or the target does not know the type.
         WriteError: If the disk fails or is full; nothing is left at `out`.
     """
+    if to not in get_args(Target):
+        raise ConfigError(f"to must name a format, got {to!r}{nearest(to, get_args(Target))}")
     store = store if isinstance(store, ActivationStore) else open_store(store)
     out = Path(_local(out))
     _refuse(out, store, to)
+    if to != "safetensors":
+        h5py_module()
     if to == "crosslayer-coding":
-        from capture.convert.crosslayer import layer_hooks
-
+        check_type(dtype or store.dtype)
         hooks = layer_hooks(store, hooks)
     selection = select(store, hooks=hooks, rows=rows, max_rows=max_rows, dtype=dtype, incomplete=incomplete)
     _refuse_full_disk(out, selection)
-    with _bar(selection.size, progress) as advance:
+    size = selection.acts_size if to == "crosslayer-coding" else selection.size
+    with _bar(size, progress) as advance:
         _write(selection, out, to, advance)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     return Export(
@@ -89,23 +96,12 @@ def export_store(
 
 def _write(selection: Selection, out: Path, to: Target, advance: Callable[[int], object]) -> None:
     if to == "hdf5":
-        from capture.convert.hdf5 import h5py_module, write_hdf5
-
-        h5py_module()
         with replacing(out) as partial:
             write_hdf5(selection, partial, advance)
-    elif to == "safetensors":
-        from capture.convert.safetensors_files import write_safetensors
-
-        with replacing_directory(out) as partial:
-            write_safetensors(selection, partial, advance)
-    else:
-        from capture.convert.crosslayer import write_crosslayer
-        from capture.convert.hdf5 import h5py_module
-
-        h5py_module()
-        with replacing_directory(out) as partial:
-            write_crosslayer(selection, partial, advance)
+        return
+    fill = write_safetensors if to == "safetensors" else write_crosslayer
+    with replacing_directory(out) as partial:
+        fill(selection, partial, advance)
 
 
 def _local(out: str | Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from capture.store_files import RowArray, StoreFiles
 from mdlm_interp.errors import StoreError
 
 
+@runtime_checkable
 class Container(Protocol):
     """What an export is in."""
 

@@ -16,13 +16,10 @@ for every HDF5 reader; HDF5 checks its own structure in files of this kind (vers
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +29,7 @@ from numpy.typing import NDArray
 from capture import schema
 from capture.convert.chunked import CheckedRows
 from capture.convert.selection import Selection
+from capture.convert.sink import Sink
 from capture.open_files import REMEDY, FileCache, OpenFile
 from mdlm_interp.errors import ConfigError, StoreError
 
@@ -96,7 +94,7 @@ def write_hdf5(selection: Selection, path: Path, advance: Callable[[int], object
 class Hdf5Writer:
     """An HDF5 file in the making; `Hdf5Writer.open` makes it."""
 
-    def __init__(self, file: h5py.File, sink: _Sink) -> None:
+    def __init__(self, file: h5py.File, sink: Sink) -> None:
         self._file, self._sink = file, sink
 
     @classmethod
@@ -107,7 +105,7 @@ class Hdf5Writer:
         Raises:
             OSError: If the disk is full or failing.
         """
-        with _Sink(path) as sink:
+        with Sink(path) as sink:
             with h5py_module().File(sink, "w", libver=_VERSION) as file:
                 yield cls(file, sink)
             sink.check()
@@ -132,7 +130,7 @@ class Hdf5Writer:
             axes: Names of its axes, from the first on; more than it has are left out.
         """
         options: dict[str, Any] = {}
-        if prod(shape):
+        if 0 not in shape:
             options = {"chunks": (min(schema.CHUNK_ROWS, shape[0]), *shape[1:]), "fletcher32": True}
         data = self._file.create_dataset(path, shape, dtype.newbyteorder("<"), **options)
         for axis, name in zip(data.dims, axes, strict=False):
@@ -156,71 +154,6 @@ class Hdf5Writer:
         assert at == len(data), f"{path}: {at} of {len(data)} rows"
 
 
-class _Sink(io.RawIOBase):
-    """The file that HDF5 writes to, which takes everything: HDF5 crashes at exit after a write that failed.
-
-    The first error is kept, what comes after it is dropped, and `check` raises it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._file = path.open("w+b", buffering=0)
-        self._at = self._size = 0
-        self._error: OSError | None = None
-
-    def check(self) -> None:
-        """Raise what a write ran into."""
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        count = os.preadv(self._file.fileno(), [buffer], self._at)
-        self._at += count
-        return count
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        at, size = self._at, len(view)
-        self._at += size
-        self._size = max(self._size, self._at)
-        try:
-            while self._error is None and view:
-                count = os.pwrite(self._file.fileno(), view, at)
-                view, at = view[count:], at + count
-        except OSError as error:
-            self._error = error
-        return size
-
-    def truncate(self, size: int | None = None) -> int:
-        self._size = self._at if size is None else size
-        try:
-            if self._error is None:
-                os.ftruncate(self._file.fileno(), self._size)
-        except OSError as error:
-            self._error = error
-        return self._size
-
-
 class Hdf5Export:
     """An HDF5 file that `write_hdf5` wrote, for reading.
 
@@ -233,7 +166,8 @@ class Hdf5Export:
         self._cache = FileCache()
         module = h5py_module()
         try:
-            self.file: h5py.File = module.File(self.name, "r", locking="best-effort")
+            # Without a cache, since it is asked for each chunk once, and whole.
+            self.file: h5py.File = module.File(self.name, "r", locking="best-effort", rdcc_nbytes=0)
         except _DAMAGE as error:
             raise self.damaged(error) from None
         self.attributes = self._checked_attributes()
@@ -253,7 +187,7 @@ class Hdf5Export:
             found, sizes, chunks = np.dtype(data.dtype), tuple(data.shape), data.chunks
         except _DAMAGE as error:
             raise self.damaged(error, path) from None
-        if (found, sizes) != (dtype, shape) or (prod(shape) and (chunks or ())[1:] != shape[1:]):
+        if (found, sizes) != (dtype, shape) or (0 not in shape and (chunks or ())[1:] != shape[1:]):
             raise self.damaged(f"{found} {list(sizes)}, expected {dtype} {list(shape)}", path)
         return Hdf5Rows(self, path, dtype, shape, chunks[0] if chunks else 1)
 

@@ -5,9 +5,8 @@
     sequences-00000.safetensors   seqs.<column> of the first sequences, and so on
     statistics.safetensors        stats.<hook>.<what>
 
-Each file's own metadata has, for every tensor, the crc32c of each 256 rows: `crc32c acts.hook_embed` is
-"0a1b2c3d 4e5f6071 ...". So a reader can check what it reads without reading a whole file. bfloat16 is real
-bfloat16 here.
+Each file's own metadata has `crc32c`: JSON text with, for every tensor, the crc32c of each 256 rows. So a
+reader can check what it reads without reading a whole file. bfloat16 is real bfloat16 here.
 """
 
 # Axes: row, sequence, pos, then the axes of one row
@@ -38,7 +37,8 @@ from mdlm_interp.errors import StoreError
 INDEX = "store.json"
 FILE_BYTES = 2**28
 """Of one file: what is in memory while it is written."""
-_CHECKSUMS = "crc32c "
+_CHECKSUMS = "crc32c"
+"""In a file's metadata; a single entry, as safetensors writes several in an order that differs each time."""
 _MOST_HEADER = 10**8
 """Bytes of a header that safetensors itself still accepts."""
 _TYPES = {
@@ -70,9 +70,9 @@ def write_safetensors(selection: Selection, directory: Path, advance: Callable[[
         for name, arrays in _contents(selection, sizes):
             size = _write(directory / name, arrays, selection.dtype)
             if hashes:
-                hashes[-1][2].result()  # so that files do not queue up, and an error ends this
+                hashes[-1][2].result()  # so that an error ends this
             hashes.append((name, size, pool.submit(sha256_of, directory / name)))
-            advance(size)
+            advance(sum(values.nbytes for values in arrays.values()))
         files = [{"file": name, "bytes": size, "sha256": sha.result()} for name, size, sha in hashes]
     content = {**selection.attributes(), **sizes, "files": files}
     (directory / INDEX).write_text(_index_text(content), encoding="utf-8")
@@ -83,9 +83,10 @@ def _contents(
 ) -> Iterator[tuple[str, Mapping[str, NDArray[Any]]]]:
     """Each file's name and arrays."""
     step = sizes["rows_per_file"]
+    memory = {hook: selection.memory(hook, min(step, selection.n_rows)) for hook in selection.hooks}
     for number, start in enumerate(range(0, selection.n_rows, step)):
         stop = min(start + step, selection.n_rows)
-        acts = {f"acts.{hook}": selection.acts(hook, start, stop) for hook in selection.hooks}
+        acts = {f"acts.{hook}": selection.acts(hook, start, stop, memory[hook]) for hook in selection.hooks}
         rows = {f"rows.{name}": selection.column(name, start, stop) for name in schema.ROW_COLUMNS}
         yield f"shard-{number:05}.safetensors", {**acts, **rows}
     names = list(schema.SEQUENCE_COLUMNS)
@@ -110,14 +111,14 @@ def _rows_per_file(row_bytes: int, rows: int) -> int:
 
 
 def _write(path: Path, arrays: Mapping[str, NDArray[Any]], dtype: schema.StoredType) -> int:
-    checksums = {_CHECKSUMS + name: " ".join(_checksums(values)) for name, values in arrays.items()}
+    checksums = {name: " ".join(_checksums(values)) for name, values in arrays.items()}
     tensors = {
         name: as_tensor(values, dtype if name.startswith("acts.") else values.dtype.name)
         for name, values in arrays.items()
     }
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=checksums)
+    save_file(tensors, path, metadata={_CHECKSUMS: json.dumps(checksums)})
     path.chmod(mode)  # safetensors makes its files private
     return path.stat().st_size
 
@@ -219,7 +220,7 @@ class TensorFile:
         try:
             entry = header[name]
             start, stop = (int(offset) for offset in entry["data_offsets"])
-            checksums = [int(text, 16) for text in header["__metadata__"][_CHECKSUMS + name].split()]
+            checksums = [int(text, 16) for text in self._checksums[name].split()]
             described = entry["dtype"], list(entry["shape"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self.damaged(f"{name}: {type(error).__name__}: {error}") from None
@@ -228,14 +229,19 @@ class TensorFile:
             raise self.damaged(
                 f"{name} is {described[0]} {described[1]}, expected {expected[0]} {expected[1]}"
             )
-        size = self.content().identity()[2]
-        if start < 0 or stop - start != prod(shape) * dtype.itemsize or data + stop > size:
-            raise self.damaged(f"{name} does not fit its {size} bytes: was it truncated?")
+        if start < 0 or stop - start != prod(shape) * dtype.itemsize:
+            raise self.damaged(f"{name} has {stop - start} bytes, expected {prod(shape) * dtype.itemsize}")
         return data + start, checksums
 
     def damaged(self, reason: str) -> StoreError:
         """The error for a file that cannot be trusted."""
         return StoreError(f"{self.path} is damaged ({reason}); {REMEDY}")
+
+    @cached_property
+    def _checksums(self) -> dict[str, str]:
+        """The crc32c of each 256 rows, by tensor."""
+        found: dict[str, str] = json.loads(self._header[0]["__metadata__"][_CHECKSUMS])
+        return found
 
     @cached_property
     def _header(self) -> tuple[dict[str, Any], int]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from capture import schema
 from capture.reader import ActivationStore
 from capture.statistics import RunningMoments
-from mdlm_interp.errors import StoreError
+from mdlm_interp.errors import ConfigError, StoreError
 from mdlm_interp.hooks import select_names
 
 EXPORT_VERSION = 1
@@ -67,23 +67,42 @@ class Selection:
         return schema.Layout(shapes=shapes, length=self.store.length, dtype=self.dtype)
 
     @property
+    def acts_size(self) -> int:
+        """Bytes of the export's activations."""
+        shapes = self.layout.shapes.values()
+        return self.n_rows * sum(map(prod, shapes)) * schema.ARRAY_TYPES[self.dtype].itemsize
+
+    @property
     def size(self) -> int:
         """Bytes of the export's rows and sequences."""
         layout = self.layout
         return self.n_rows * layout.row_bytes + self.n_sequences * layout.sequence_bytes
 
-    def acts(self, hook: str, start: int, stop: int) -> NDArray[Any]:
-        """Activations of the export's rows start to stop, as it stores them (bfloat16 as uint16)."""
-        first = self.rows[0]
-        values = self.store.files.array(f"acts/{hook}").read(first + start, first + stop)
+    def acts(self, hook: str, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Activations of the export's rows start to stop, as it stores them (bfloat16 as uint16).
+
+        Args:
+            out: Memory to read into, at least as large: fresh memory takes longer to get than to fill.
+        """
+        first, array = self.rows[0], self.store.files.array(f"acts/{hook}")
+        if out is None:
+            values = array.read(first + start, first + stop)
+        else:
+            values = out[: stop - start]
+            array.take(np.arange(first + start, first + stop), values, None)
         return converted(values, self.store.dtype, self.dtype, f"{self.store.name}: {hook}")
 
+    def memory(self, hook: str, rows: int) -> NDArray[Any]:
+        """Memory that `acts` can read this many rows into."""
+        return np.empty((rows, *self.store.row_shape(hook)), schema.ARRAY_TYPES[self.store.dtype])
+
     def act_blocks(self, hook: str) -> Iterator[NDArray[Any]]:
-        """The same of all rows, in portions."""
+        """The same of all rows, in portions; each is overwritten by the next."""
         row_bytes = prod(self.store.row_shape(hook)) * schema.ARRAY_TYPES[self.dtype].itemsize
         step = schema.CHUNK_ROWS * max(1, BLOCK_BYTES // (schema.CHUNK_ROWS * row_bytes))
+        memory = self.memory(hook, min(step, self.n_rows))
         for start in range(0, self.n_rows, step):
-            yield self.acts(hook, start, min(start + step, self.n_rows))
+            yield self.acts(hook, start, min(start + step, self.n_rows), memory)
 
     def column(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """A column of the export's rows start to stop."""
@@ -92,7 +111,7 @@ class Selection:
 
     def column_blocks(self, name: str) -> Iterator[NDArray[Any]]:
         """The same of all rows, in portions."""
-        step = BLOCK_BYTES // 8
+        step = max(1, BLOCK_BYTES // 8)
         for start in range(0, self.n_rows, step):
             yield self.column(name, start, min(start + step, self.n_rows))
 
@@ -172,6 +191,7 @@ def select(
 
     Raises:
         StoreError: If the store is incomplete or has not these rows.
+        ConfigError: If max_rows is less than 1.
         HookError: If a pattern matches no hook of the store.
     """
     if not store.complete and not incomplete:
@@ -182,7 +202,7 @@ def select(
     start, stop = _span(rows, len(store))
     if max_rows is not None:
         if max_rows < 1:
-            raise StoreError(f"max_rows must be at least 1, got {max_rows}")
+            raise ConfigError(f"max_rows must be at least 1, got {max_rows}")
         stop = min(stop, start + max_rows)
     chosen = (0, store.n_sequences)
     if (start, stop) != (0, len(store)):

@@ -9,6 +9,7 @@ Reading and tokenising run in a thread, a group ahead of the consumer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -96,8 +97,7 @@ def token_blocks(
             f"a group of blocks starts at a multiple of {GROUP_DOCUMENTS} documents, got {start.documents}; "
             f"take the start of a block"
         )
-    groups = prefetched(_groups(_skipped(documents, start.documents), tokenizer))
-    try:
+    with closing(prefetched(_groups(_skipped(documents, start.documents), tokenizer))) as groups:
         for group in groups:
             counts = [len(ids) + 1 for ids in group.ids]
             count = sum(counts) // inner
@@ -113,8 +113,6 @@ def token_blocks(
                     block, of = _wrapped(block, tokenizer.eos_id), _wrapped(of, BETWEEN)
                 yield TokenBlock(block.copy(), of.copy(), source, offset, start)
             start = StreamPosition(start.documents + len(counts), start.blocks + count)
-    finally:
-        groups.close()
 
 
 def document_blocks(
@@ -135,8 +133,7 @@ def document_blocks(
         DataError: As for `token_blocks`.
     """
     inner = _inner_length(length, wrap)
-    batches = prefetched(_batches(_skipped(documents, start.documents), tokenizer))
-    try:
+    with closing(prefetched(_batches(_skipped(documents, start.documents), tokenizer))) as batches:
         for batch in batches:
             for ids, (source, offset) in zip(batch.ids, batch.places, strict=True):
                 block = ids[:inner].astype(np.int64)
@@ -146,8 +143,6 @@ def document_blocks(
                         block, of = _wrapped(block, tokenizer.eos_id), _wrapped(of, BETWEEN)
                     yield TokenBlock(block, of, source, offset, start)
                 start = StreamPosition(start.documents + 1, start.blocks + bool(len(block)))
-    finally:
-        batches.close()
 
 
 def _inner_length(length: int, wrap: bool) -> int:

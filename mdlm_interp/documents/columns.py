@@ -160,10 +160,6 @@ def _texts(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[str]:
 
 
 def _strings(column: pa.Array, path: Path, first_row: int) -> list[str]:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     try:
         return [text or "" for text in column.to_pylist()]
     except UnicodeDecodeError:

@@ -6,7 +6,6 @@ import atexit
 import os
 import threading
 from collections.abc import Generator, Iterable
-from contextlib import closing, nullcontext
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -27,20 +26,19 @@ def prefetched(items: Iterable[T], depth: int = 1) -> Generator[T, None, None]:
     process = os.getpid()
 
     def make() -> None:
-        # Room is waited for before an item is made, so that no more than `depth` wait or are in the making.
         iterator = iter(items)
-        with closing(iterator) if hasattr(iterator, "close") else nullcontext():  # type: ignore[type-var]
-            try:
-                while room.acquire() and not stopped.is_set():
-                    try:
-                        item = next(iterator)
-                    except StopIteration:
-                        ready.put((False, None))
-                        return
-                    ready.put((True, item))
-                    del item
-            except BaseException as error:  # noqa: BLE001  (raised again in the consumer's thread)
-                ready.put((False, error))
+        try:
+            # Room is waited for before an item is made, so that no more than `depth` wait or are in the making.
+            while room.acquire() and not stopped.is_set():
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    ready.put((False, None))
+                    return
+                ready.put((True, item))
+                del item
+        except BaseException as error:  # noqa: BLE001  (raised again in the consumer's thread)
+            ready.put((False, error))
 
     thread = threading.Thread(target=make, name="prefetched", daemon=True)
 

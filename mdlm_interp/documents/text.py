@@ -19,6 +19,7 @@ PIECE = 1 << 20
 """Bytes or characters of a plain text that are read at a time."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD]")
 
 
 def read_text(file: PackedFile) -> Iterator[str]:
@@ -83,7 +84,8 @@ def read_jsonl(file: PackedFile) -> Iterator[str]:
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 known = nearest("text", record) if isinstance(record, dict) else ""
                 raise DataError(f'{file}, line {number} has no "text" string{known}')
-            if not record["text"].isascii() and _SURROGATE.search(record["text"]):
+            # The line itself was UTF-8, which has none, so only an escape can have made one.
+            if _ESCAPED_SURROGATE.search(line) and _SURROGATE.search(record["text"]):
                 raise DataError(
                     f"{file}, line {number}: the text has half a surrogate pair, which is no character"
                 )

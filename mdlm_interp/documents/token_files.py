@@ -19,6 +19,9 @@ ID_BYTES = 2
 PIECE_TOKENS = 1 << 19
 """Ids that are read at a time."""
 
+LONGEST = 1 << 24
+"""Ids in a document, at most: some sixty megabytes of text. So memory stays bounded without the right mark."""
+
 LLM_C_HEADER = np.array([20240520, 1], "<i4").tobytes()
 """First bytes of llm.c's token files, which have 1,024 bytes of header and then the same ids."""
 
@@ -30,7 +33,8 @@ def read_tokens(path: Path, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint16]
     the mark before each document, and one without any is a single document.
 
     Raises:
-        DataError: If an id is not a text token of the tokenizer, or the last document has no end.
+        DataError: If an id is not a text token of the tokenizer, the last document has no end, or one has
+            more than LONGEST ids.
     """
     pending: list[NDArray[np.uint16]] = []
     position = 0
@@ -53,6 +57,11 @@ def read_tokens(path: Path, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint16]
                 begin = end + 1
             pending.append(piece[begin:])
             position += len(piece)
+            if sum(map(len, pending)) > LONGEST:
+                raise DataError(
+                    f"{path} has more than {LONGEST:,} ids without {END_OF_TEXT} ({tokenizer.eos_id}) among them; "
+                    f"wrong vocabulary? Name the tokenizer that it was written with"
+                )
     rest = np.concatenate([np.empty(0, np.uint16), *pending])
     if len(rest) and marks_any and marks_ends:
         raise DataError(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdlm_interp.checkpoints import sha256_of
-from mdlm_interp.documents import read_documents
+from mdlm_interp.documents import expand_files, read_texts
 from mdlm_interp.errors import DataError
 from mdlm_interp.randomness import uniforms
 from mdlm_interp.shapes import Int64
@@ -70,10 +70,11 @@ def read_streams(files: Sequence[Path], tokenizer: Tokenizer, held_out_share: fl
     Raises:
         DataError: If one of the two sides is empty.
     """
+    files = expand_files(files)
     parts: dict[bool, list[NDArray[np.uint16]]] = {True: [], False: []}
     sizes = {True: 0, False: 0}
     seen: set[bytes] = set()
-    for texts in _batches(document.text for document in read_documents(files)):
+    for texts in _batches(read_texts(files)):
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             held_out = is_held_out(text, held_out_share)
             digest = hashlib.sha256(text.encode()).digest()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mdlm_interp.config_args import parse_args
-from mdlm_interp.documents import read_documents
+from mdlm_interp.documents import read_texts
 from mdlm_interp.errors import DataError, OutputExistsError
 from mdlm_interp.tokenizers import END_OF_TEXT, Tokenizer
 from mdlm_interp.training.config import TokenizerConfig
@@ -63,9 +63,7 @@ def main(argv: list[str]) -> int:
         TokenizerConfig, argv, prog="mdlm-interp train-tokenizer", positional=("files",), config_file=True
     )
     refuse_existing(config.out)
-    tokenizer = train_tokenizer(
-        (document.text for document in read_documents(config.files)), config.vocab_size
-    )
+    tokenizer = train_tokenizer(read_texts(config.files), config.vocab_size)
     save_tokenizer(tokenizer, config.out)
     sys.stdout.write(f"{config.out / TOKENIZER}: {tokenizer.vocab_size} ids\n")
     return 0

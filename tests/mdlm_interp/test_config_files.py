@@ -407,7 +407,9 @@ def test_a_wrong_command_line_is_refused_in_these_words(argv, message):
 
 
 def test_text_that_looks_like_an_option_has_its_own_hint():
-    with pytest.raises(ConfigError, match=r"unknown option -\[MASK\]; .*; text that begins with - goes after a bare --$"):
+    with pytest.raises(
+        ConfigError, match=r"unknown option -\[MASK\]; .*; text that begins with - goes after a bare --$"
+    ):
         parsed("-[MASK]", positional=("name",))
 
 

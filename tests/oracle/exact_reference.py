@@ -100,6 +100,78 @@ def hard_rows(kind: str, seed: int, rows: int, cols: int, terms: int) -> tuple[T
     return a, b
 
 
+def deep_cancellation(
+    seed: int, cols: int, terms: int, stages: int, reach: int = 50
+) -> tuple[Tensor, Tensor, list[Fraction]]:
+    """A row x [1, n], weights [cols, n], and the exact products, whose leading digits cancel again and again.
+
+    Each stage appends the negative of the float32 nearest to the sum so far, so that what is left is some 24 bits
+    further down; sometimes the last one misses by its own last bit. The terms are in random order.
+    """
+    x, weight = draw(seed, (1, terms), -reach, reach), draw(seed + 1, (cols, terms), -reach, reach)
+    generator = np.random.default_rng(seed + 2)
+    tails, sums = [], []
+    for row in weight:
+        total, tail = sum(map(exact_product, x[0].tolist(), row.tolist()), Fraction(0)), []
+        for stage in range(stages):
+            nearest = nearest_float32(total)
+            if stage == stages - 1 and generator.integers(2):
+                nearest = float(np.nextafter(np.float32(nearest), np.float32(0)))
+            tail.append(-nearest)
+            total -= Fraction(nearest)
+        tails.append(tail)
+        sums.append(total)
+    order = torch.from_numpy(generator.permutation(terms + stages))
+    x = torch.cat((x, torch.ones(1, stages)), 1)[:, order]
+    return x, torch.cat((weight, torch.tensor(tails)), 1)[:, order], sums
+
+
+def exact_product(a: float, b: float) -> Fraction:
+    return Fraction(a) * Fraction(b)
+
+
+def hidden_ties(seed: int, rows: int, pairs: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Rows of float32, and their exact sums rounded: a midpoint and one term far below it that decides, among
+    pairs of all sizes from 2^low to 2^high that cancel exactly. Any partial sum that rounds may lose the term."""
+    generator = np.random.default_rng(seed)
+    values = generator.standard_normal((rows, pairs)) * 2.0 ** generator.integers(low, high, (rows, pairs))
+    below = 1 + generator.integers(0, 2**23, rows) * 2.0**-23
+    last = generator.choice([-1, 1], rows) * 2.0 ** generator.integers(-140, -105, rows)
+    columns = [values, -values, below[:, None], np.full((rows, 1), 2.0**-24), last[:, None]]
+    terms = generator.permuted(np.concatenate(columns, 1).astype(np.float32), axis=1)
+    expected = below.astype(np.float32)
+    above = np.nextafter(expected, np.float32(4))
+    return torch.from_numpy(terms), torch.from_numpy(np.where(last > 0, above, expected))
+
+
+def scaled_midpoints(seed: int, rows: int, factor: float, pairs: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of float32 whose sums, times the factor, lie within 2^-144 of midpoints of float32; and the products.
+
+    The sum is the midpoint over the factor, cut to 168 bits: seven float32 hold it exactly. Pairs of terms of many
+    sizes that cancel may stand among them.
+    """
+    generator = np.random.default_rng(seed)
+    found, expected = [], []
+    for _ in range(rows):
+        midpoint = Fraction(2 * int(generator.integers(2**23, 2**24)) + 1, 2**25)
+        exponent = int(generator.integers(-20, 20))
+        rest, parts = midpoint / Fraction(factor) * Fraction(2) ** exponent, []
+        for _ in range(7):
+            # Cut, not rounded, so that the sum is below the midpoint; the last one may pass it.
+            part = Fraction(float(np.float32(float(rest))))
+            while part > rest:
+                part = Fraction(float(np.nextafter(np.float32(float(part)), np.float32(-np.inf))))
+            parts.append(part)
+            rest -= part
+        if generator.integers(2):
+            parts[-1] = Fraction(float(np.nextafter(np.float32(float(parts[-1])), np.float32(np.inf))))
+        values = generator.standard_normal(pairs) * 2.0 ** generator.integers(-110, 60, pairs)
+        terms = np.concatenate([np.array([float(part) for part in parts]), values, -values])
+        found.append(generator.permutation(terms.astype(np.float32)))
+        expected.append(nearest_float32(Fraction(factor) * sum(parts, Fraction(0))))
+    return torch.from_numpy(np.stack(found)), torch.tensor(expected)
+
+
 KINDS = (
     "normal",
     "wide",

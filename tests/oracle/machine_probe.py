@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
-from oracle import Oracle, exact_sample, golden, ops, plain_path
+from mdlm_interp.model import HookedMDLM
+from oracle import Oracle, exact_sample, golden, ops, plain_path, witness_forward
 from oracle.fingerprint import tensor_digest
 from oracle.paths import fused_for
 
@@ -58,24 +60,41 @@ def operations_digest(device: torch.device) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def witness_digest(model: HookedMDLM, ids: torch.Tensor, sigma: torch.Tensor) -> str:
+    """The fingerprint of a short sequence by the second implementation (NumPy, whose products OpenBLAS makes)."""
+    weights = {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}
+    logits, activations = witness_forward.forward(
+        weights, model.config, ids.cpu().numpy(), sigma.cpu().numpy()
+    )
+    return witness_forward.fingerprint(activations, logits)
+
+
 def main() -> None:
     """Print the hashes of the exact passes, the native one, and the machine."""
     device = torch.device(os.environ.get("PROBE_DEVICE", "cpu"))
-    if "PROBE_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["PROBE_THREADS"]))
-    oracle = Oracle(golden.synthetic_model().to(device))
+    threads = [int(n) for n in os.environ.get("PROBE_THREADS", str(torch.get_num_threads())).split(",")]
+    model = golden.synthetic_model().to(device)
     ids, sigma = (tensor.to(device) for tensor in golden.synthetic_inputs())
-    exact = [oracle.fingerprint(ids, timesteps=sigma), operations_digest(device)]
-    with plain_path():
-        plain = [oracle.fingerprint(ids, timesteps=sigma), operations_digest(device)]
-    text = exact_sample(oracle, torch.full((2, 16), 60, device=device), steps=5, seed=11).tolist()
+    short = ids[:1, :3], sigma[:1]
+    exact: set[tuple[str, ...]] = set()
+    native = set()
+    for n in threads:  # with the first of them everything is called for the first time
+        torch.set_num_threads(n)
+        oracle = Oracle(model)
+        for path in (nullcontext, plain_path):
+            with path():
+                digests = (oracle.fingerprint(ids, timesteps=sigma), operations_digest(device))
+                exact.add((*digests, oracle.fingerprint(short[0], timesteps=short[1])))
+        native.add(native_digest(device))
+    text = exact_sample(Oracle(model), torch.full((2, 16), 60, device=device), steps=5, seed=11).tolist()
     report = {
-        "exact": exact,
-        "plain": plain,
+        "exact": sorted(exact),
+        "witness": witness_digest(model, *short),
         "text": text,
-        "native": native_digest(device),
+        "native": sorted(native),
         "machine": f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}",
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
         "compiled loops": fused_for(device) is not None,
     }
     sys.stdout.write(json.dumps(report) + "\n")

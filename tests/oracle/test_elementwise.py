@@ -58,10 +58,38 @@ def test_softmax_has_the_bits_of_the_witness(cols, path):
         assert same_bits(ops.softmax(scores), from_witness(witness.softmax, scores))
 
 
-def test_softmax_of_long_rows_sums_exactly_too(path):
-    """Beyond 2048 entries a float64 sum of counts would round."""
+def test_softmax_of_long_rows_has_the_bits_of_the_witness(path):
     scores = reference.draw(9, (2, 5000), -6, -2)
     assert same_bits(ops.softmax(scores), from_witness(witness.softmax, scores))
+
+
+def test_totals_of_long_rows_are_rounded_once():
+    """Beyond 2048 counts of 2^42 a float64 sum rounds as it goes. In softmax this moves the last bits of float64,
+    which float32 hides: it is looked for where it is made."""
+    counts = torch.from_numpy(np.random.default_rng(1).integers(2**42 - 2**20, 2**42 + 1, (50, 5000)))
+    exact = [float(sum(row)) for row in counts.tolist()]
+    assert elementwise.exact_total(counts.double())[:, 0].tolist() == exact
+    assert counts.double().sum(1).tolist() != exact
+    few = counts[:, :2048]
+    assert elementwise.exact_total(few.double())[:, 0].tolist() == [float(sum(row)) for row in few.tolist()]
+
+
+def test_compiled_totals_of_long_rows_are_rounded_once():
+    pytest.importorskip("numba", reason="the compiled loops need numba")
+    from oracle import kernels
+
+    scores, work = reference.draw(9, (50, 5000), -6, -2).numpy(), np.empty(5000)
+    found, exact, rounded = [], [], []
+    for row in scores:
+        found.append(kernels.numerators(row, work)[1])
+        counts = np.rint(work)
+        exact.append(1.0 / (float(sum(map(int, counts))) * 2.0**-42))
+        rounded.append(1.0 / (float(np.add.accumulate(counts)[-1]) * 2.0**-42))
+    assert found == exact
+    assert rounded != exact
+    values = reference.integers(2, (20, 5000), 23).double().numpy()
+    means = [kernels.mean(row, np.abs(row).max().view(np.int64)) for row in values]
+    assert means == [float(sum(map(int, row))) * (1.0 / 5000) for row in values]
 
 
 @pytest.mark.parametrize("d", [1, 2, 33, 768])
@@ -139,12 +167,42 @@ def test_no_result_is_minus_zero(path):
 @pytest.mark.parametrize("name", ["gelu_tanh", "silu"])
 def test_both_paths_agree_on_a_dense_sweep(name):
     pytest.importorskip("numba", reason="the compiled loops need numba")
-    bits = torch.arange(0, 2**32, 4099, dtype=torch.int64)
-    x = torch.from_numpy(bits.numpy().astype(np.uint32).view(np.float32).copy())
-    x = x[torch.isfinite(x)]
+    x = every_float32(0, 2**32, 1021)
     with plain_path():
         expected = getattr(ops, name)(x)
     assert same_bits(getattr(ops, name)(x), expected)
+
+
+@pytest.mark.parametrize("name", ["gelu_tanh", "silu"])
+@pytest.mark.parametrize(
+    ("start", "stop", "step"),
+    [
+        (0, 2**32, 2003),  # all sizes and signs
+        (0x3F000000, 0x42000000, 29),  # 0.5 to 32: where the functions bend, and where they end
+        (0xBF000000, 0xC3000000, 37),  # the same below zero, down to results that underflow
+        (0x80000000, 0x80010000, 1),  # the smallest below zero
+    ],
+)
+def test_activations_have_the_bits_of_the_witness_on_dense_sweeps(name, start, stop, step, path):
+    for first in range(start, stop, step << 16):
+        x = every_float32(first, min(first + (step << 16), stop), step)
+        assert same_bits(getattr(ops, name)(x), from_witness(getattr(witness, name), x)), hex(first)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["gelu_tanh", "silu"])
+def test_activations_have_the_bits_of_the_witness_for_every_float32(name):
+    """Exact and exhaustive: 2^32 inputs less those that are not finite, with the compiled loops if there are any."""
+    for first in range(0, 2**32, 1 << 16):
+        x = every_float32(first, first + (1 << 16), 1)
+        assert same_bits(getattr(ops, name)(x), from_witness(getattr(witness, name), x)), hex(first)
+
+
+def every_float32(start: int, stop: int, step: int) -> torch.Tensor:
+    """The finite numbers of every `step`-th bit pattern."""
+    patterns = np.arange(start, stop, step, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    return torch.from_numpy(patterns[np.isfinite(patterns)])
 
 
 def test_values_do_not_depend_on_where_they_stand(path):
@@ -283,6 +341,25 @@ def test_compiled_exp_has_the_same_bits_so_nothing_is_fused():
     with_fused_operations(small.numpy(), fused.numpy())
     if "vfmadd" in "".join(with_fused_operations.inspect_asm().values()):
         assert not torch.equal(plain, fused)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_compiled_activations_divide_too_before_rounding(name):
+    """A product with the reciprocal gives the same float32 for every one of 2^32 inputs; float64 tells."""
+    numba = pytest.importorskip("numba", reason="the compiled loops need numba")
+    from oracle import kernels
+
+    recipe = getattr(kernels, f"{name}_float64")
+
+    @numba.njit
+    def all_of(x, out):
+        for i in range(x.size):
+            out[i] = recipe(x[i])
+
+    x = torch.cat((reference.draw(8, (20_001,), -3, 3), sweep(4))).double()
+    out = torch.empty_like(x)
+    all_of(x.numpy(), out.numpy())
+    assert torch.equal(out, getattr(elementwise, f"{name}_float64")(x.clone()))
 
 
 @pytest.mark.parametrize("name", ["gelu", "silu"])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from mdlm_interp.errors import WriteError
 from oracle import GoldenError, Oracle, golden
-from oracle.fingerprint import Fingerprint, combine, tensor_digest, weights_digest
+from oracle.fingerprint import combine, tensor_digest, weights_digest
+from oracle.golden_file import FORMAT
 from tests.mdlm_interp.test_golden import build, load_golden
 
 SYNTHETIC = next(file for file in golden.packaged_goldens() if file.stem == "synthetic")
@@ -105,11 +109,167 @@ def test_files_that_are_no_goldens_are_refused(tmp_path):
         ("{", "is not valid JSON"),
         ("[]", "expected format 'mdlm-interp exact golden 1', got 'list'"),
         ('{"format": "mdlm-interp exact golden 9"}', "got 'mdlm-interp exact golden 9'"),
-        (json.dumps({"format": golden.FORMAT, "source": "bundled"}), "lacks 'fingerprint'; record it again"),
+        (json.dumps({"format": FORMAT, "source": "bundled"}), "lacks 'config'; record it again"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"format": ' + "9" * 5000 + "}", "is not valid JSON"),
     ):
         file.write_text(text)
         with pytest.raises(GoldenError, match=message):
             golden.load(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(GoldenError, match="is not valid JSON"):
+        golden.load(file)
+
+
+def changed(*path_and_value):
+    """The synthetic golden file with one entry replaced, or removed if the value is `...`."""
+    content = json.loads(SYNTHETIC.read_text("utf-8"))
+    *path, last, value = path_and_value
+    target = content
+    for key in path:
+        target = target[key]
+    if value is ...:
+        del target[last]
+    else:
+        target[last] = value
+    return content
+
+
+DIGEST = "a SHA-256 of 64 hexadecimal digits, got "
+IDS = "input_ids must be rows of one length of token ids, whole numbers from 0, got "
+SIGMAS = "timesteps must be null or float32 numbers as hexadecimal text, such as '0x1.8000000000000p+0', got "
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("source", 5), "source must be the name of a model, as text, got 5"),
+        (("source", None), "source must be the name of a model, as text, got None"),
+        (("weights", "0" * 63), "weights must be " + DIGEST),
+        (("fingerprint", None), "fingerprint must be " + DIGEST + "None"),
+        (("fingerprint", "A" * 64), "fingerprint must be " + DIGEST),
+        (("input_ids", "abc"), IDS + "'abc'"),
+        (("input_ids", None), IDS + "None"),
+        (("input_ids", []), IDS + "[]"),
+        (("input_ids", [[]]), IDS + "[[]]"),
+        (("input_ids", [1, 2]), IDS + "[1, 2]"),
+        (("input_ids", [[1, 2], [3]]), IDS + "[[1, 2], [3]]"),
+        (("input_ids", [[1.0, 2.0]]), IDS + "[[1.0, 2.0]]"),
+        (("input_ids", [[True]]), IDS + "[[True]]"),
+        (("input_ids", [[-1]]), IDS + "[[-1]]"),
+        (("input_ids", [[10**30]]), IDS + "[[1000000000000000000000000000000]]"),
+        (("timesteps", ["zz"]), SIGMAS + "['zz']"),
+        (("timesteps", [0.5]), SIGMAS + "[0.5]"),
+        (("timesteps", ["0x1p+100000"]), SIGMAS + "['0x1p+100000']"),
+        (("timesteps", ["0x1.0000000000000p+200"]), SIGMAS),
+        (("timesteps", ["nan"]), SIGMAS + "['nan']"),
+        (("timesteps", "0x1p-1"), SIGMAS + "'0x1p-1'"),
+        (
+            ("timesteps", ["0x1.0000000000000p-1"]),
+            "timesteps must have one for each of 2 rows of input_ids, got 1",
+        ),
+        (("points", []), "points must be an object of hook points, got []"),
+        (("points", {}), "points must be an object of hook points, got {}"),
+        (
+            ("points", "hook_embed", "x"),
+            "points['hook_embed'] must be an object of shape, sha256 and samples, got 'x'",
+        ),
+        (("points", "hook_embed", "sha256", ...), "points['hook_embed'].sha256 must be " + DIGEST + "None"),
+        (
+            ("points", "hook_embed", "shape", "x"),
+            "points['hook_embed'].shape must be a list of sizes, got 'x'",
+        ),
+        (
+            ("points", "hook_embed", "shape", ...),
+            "points['hook_embed'].shape must be a list of sizes, got None",
+        ),
+        (
+            ("points", "hook_embed", "shape", [2, -1]),
+            "points['hook_embed'].shape must be a list of sizes, got [2, -1]",
+        ),
+        (
+            ("points", "hook_embed", "samples", []),
+            "points['hook_embed'].samples must be 24 float32 numbers as",
+        ),
+        (
+            ("points", "hook_embed", "samples", ...),
+            "points['hook_embed'].samples must be 24 float32 numbers as",
+        ),
+        (
+            ("points", "hook_embed", "samples", [1.5] * 24),
+            "points['hook_embed'].samples must be 24 float32 numbers as",
+        ),
+        (("config", 5), "config must be an object: the model's config.json, got 5"),
+        (("config", "n_heads", ...), "config lacks 'n_heads', which fixes a weight's shape"),
+        (("config", "n_heads", "3"), "config: n_heads must be int, got '3'"),
+        (("config", ...), "lacks 'config'"),
+        (("points", ...), "lacks 'points'"),
+    ],
+    ids=str,
+)
+def test_an_entry_of_the_wrong_kind_is_named(change, message, tmp_path):
+    file = tmp_path / "g.json"
+    file.write_text(json.dumps(changed(*change)))
+    with pytest.raises(GoldenError, match=re.escape(message)) as caught:
+        golden.load(file)
+    assert str(caught.value).startswith(str(file))
+    assert str(caught.value).endswith("; record it again")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_contradicts_its_own_digests_is_named(tmp_path, oracle):
+    file = tmp_path / "g.json"
+    for change in (("fingerprint", "0" * 64), ("points", "logits", "sha256", "0" * 64)):
+        file.write_text(json.dumps(changed(*change)))
+        with pytest.raises(
+            GoldenError, match=r"contradicts itself: its fingerprint is .*, that of the digests it holds"
+        ):
+            golden.load(file)
+    # Whoever made the content in memory is told in the result.
+    found = golden.verify(changed("fingerprint", "0" * 64), oracle)
+    assert not found.matches
+    assert (found.first, found.detail) == (
+        "the fingerprint",
+        "which contradicts the file's own digests: they all match",
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n_heads", 4), ("time_conditioning", False), ("vocab_size", 60), ("n_blocks", 3)]
+)
+def test_a_config_that_is_not_the_model_s_is_named(field, value, oracle):
+    content = changed("config", field, value)
+    message = (
+        f"the model's config has {field} .*, the golden file was recorded with {value}; name the right model"
+    )
+    with pytest.raises(GoldenError, match=message):
+        golden.verify(content, oracle)
+    with pytest.raises(GoldenError, match=message):
+        golden.verify_by_witness(content, oracle.model)
+
+
+def test_a_config_that_changes_no_number_may_differ(oracle):
+    assert golden.verify(changed("config", "dropout", 0.5), oracle).matches
+
+
+def test_the_witness_refuses_other_weights_too(oracle):
+    with pytest.raises(GoldenError, match=r"weights have SHA-256 .*, the golden file was recorded with 000"):
+        golden.verify_by_witness(changed("weights", "0" * 64), oracle.model)
+
+
+def test_a_file_gets_its_name_when_all_of_it_is_written(tmp_path, monkeypatch):
+    content, file = json.loads(SYNTHETIC.read_text("utf-8")), tmp_path / "new" / "g.json"
+    golden.save(content, file)
+    assert file.read_bytes() == SYNTHETIC.read_bytes()
+
+    def full(self, text, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(WriteError, match="cannot be written: No space left on device"):
+        golden.save({**content, "source": "another"}, file)
+    assert file.read_bytes() == SYNTHETIC.read_bytes()
+    assert [path.name for path in file.parent.iterdir()] == ["g.json"]
 
 
 def test_recording_again_gives_the_packaged_file(tmp_path, oracle, inputs):
@@ -136,15 +296,10 @@ def test_a_digest_covers_name_type_shape_and_every_bit():
     assert tensor_digest("a", torch.stack((x, x), -1)[..., 0]) == digest
 
 
-def test_a_fingerprint_covers_the_order_and_finds_the_first_difference():
+def test_a_fingerprint_covers_names_and_their_order():
     digests = {"a": "1", "b": "2", "logits": "3"}
-    whole = Fingerprint(combine(digests), digests)
-    swapped = {"b": "2", "a": "1", "logits": "3"}
-    assert combine(swapped) != whole.sha256
-    assert whole.first_difference(Fingerprint("", {**digests, "b": "x"})) == "b"
-    assert whole.first_difference(Fingerprint("", {"a": "1"})) == "b"
-    assert whole.first_difference(Fingerprint("", {**digests, "c": "4"})) == "c"
-    assert whole.first_difference(whole) is None
+    others = [{"b": "2", "a": "1", "logits": "3"}, {"a": "1", "b": "x", "logits": "3"}, {"a": "1", "b": "2"}]
+    assert len({combine(digests), *map(combine, others)}) == 4
 
 
 def test_the_weights_digest_is_that_of_values_not_of_files(synthetic):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mdlm_interp.errors import HookError
-from oracle import Oracle, golden
+from oracle import ExactError, Oracle, golden
 from tests.oracle.exact_reference import same_bits
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +60,39 @@ def test_hooks_edit_the_exact_pass_and_are_removed(oracle, synthetic, inputs):
     assert all(not point.listeners for point in synthetic._registry.points.values())
     with pytest.raises(HookError, match="no hook point matches"):
         oracle.run_with_cache(ids, "blocks.9.*", timesteps=sigma)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_a_hook_leaves_at_the_logits_must_be_finite(bad, oracle, inputs):
+    """No operation reads the last hook point, so the pass itself looks."""
+    ids, sigma = inputs
+
+    def spoil(logits, hook):
+        logits[1, 2, 3] = bad
+
+    message = r"is not finite at \[1, 2, 3\]"
+    with oracle.hooks({"hook_logits": spoil}):
+        for call in (oracle.fingerprint, oracle.digests, oracle.logits, oracle.run_with_cache):
+            with pytest.raises(ExactError, match=message):
+                call(ids, timesteps=sigma)
+    with (
+        oracle.hooks({"blocks.0.hook_resid_post": spoil}),
+        pytest.raises(ExactError, match="what the hooks left of the output " + message),
+    ):
+        oracle.run_with_cache(ids, "hook_embed", timesteps=sigma, stop_at_block=1)
+
+
+def test_the_names_of_the_issue_are_there_after_a_plain_import():
+    code = (
+        "import oracle\n"
+        "assert callable(oracle.compare) and oracle.golden.load and oracle.fingerprint.tensor_digest\n"
+        "assert oracle.ops.linear and {'golden', 'fingerprint', 'ops', 'compare'} <= set(dir(oracle))\n"
+        "assert 'numba' not in __import__('sys').modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_dropout_never_happens(inputs):

@@ -108,9 +108,7 @@ def test_results_beyond_float32_are_refused_and_the_largest_is_not(path):
         ops.attention_scores(largest.reshape(1, 1, 1, 1).expand(1, 1, 1, 2), torch.ones(1, 1, 1, 2) * 4)
 
 
-def test_shapes_that_do_not_fit_are_refused(unchecked):
-    with pytest.raises(ExactError, match=r"matmul: shapes \[2, 3\] and \[2, 3\] do not fit"):
-        ops.matmul(torch.ones(2, 3), torch.ones(2, 3))
+def test_a_softmax_of_nothing_is_refused():
     with pytest.raises(ExactError, match="softmax: rows must have 1 to 1048576 values"):
         ops.softmax(torch.ones(2, 0))
 
@@ -138,6 +136,11 @@ def test_a_machine_that_fails_the_self_test_is_refused(monkeypatch):
         pytest.raises(
             UntrustedMachineError, match="cannot be trusted on cpu: float64 division is not correctly rounded"
         ),
+    ):
+        ops.add(torch.ones(1), torch.ones(1))
+    monkeypatch.setattr(selftest, "_rounding_is_ieee", lambda device: False)
+    with pytest.raises(
+        UntrustedMachineError, match="correctly rounded; run on another device, and please report"
     ):
         ops.add(torch.ones(1), torch.ones(1))
 
@@ -180,7 +183,9 @@ def test_compiled_loops_that_disagree_are_refused(monkeypatch):
     monkeypatch.setattr(selftest, "_trusted", set())
     monkeypatch.setattr(fused_check, "disagreements", lambda: ["gelu_tanh"])
     with pytest.raises(
-        UntrustedMachineError, match="compiled loop gelu_tanh differs from the plain path; set MDLM_"
+        UntrustedMachineError,
+        match=r"compiled loop gelu_tanh differs from the plain path; delete .*\.nb\? if the sources were changed, "
+        r"or set MDLM_INTERP_EXACT_PATH=plain, and please report it",
     ):
         ops.add(torch.ones(1), torch.ones(1))
 

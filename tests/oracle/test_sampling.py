@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 import torch
 
@@ -80,5 +83,56 @@ def test_what_cannot_be_drawn_is_refused(oracle):
         counts(torch.tensor([[0.0, float("nan")]]))
     with pytest.raises(DataError, match="steps must be at least 1, got 0"):
         exact_sample(oracle, start, steps=0)
-    with pytest.raises(DataError, match="temperature must be at least 0, got -1"):
-        exact_sample(oracle, start, steps=1, temperature=-1.0)
+    with pytest.raises(ExactError, match=r"counts: the excluded token must be in \[0, 4\), got 4"):
+        counts(logits, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
+        ({"temperature": float("inf")}, "temperature must be at least 0 and finite, got inf"),
+        ({"indices": []}, "indices must number each of the 1 sequences, got 0; none for 0, 1, ..."),
+        ({"indices": [0, 1]}, "indices must number each of the 1 sequences, got 2; none for 0, 1, ..."),
+        ({"indices": [-1]}, "index must be in [0, 2**63), got -1"),
+        ({"seed": -1}, "seed must be in [0, 2**64), got -1"),
+        (
+            {"start": torch.zeros(5, dtype=torch.int64)},
+            "start must be int64 [batch pos] and not empty, got int64 [5]",
+        ),
+        ({"start": torch.zeros(1, 0, dtype=torch.int64)}, "not empty, got int64 [1, 0]"),
+        ({"start": torch.zeros(1, 5)}, "start must be int64 [batch pos] and not empty, got float32 [1, 5]"),
+        (
+            {"start": torch.full((1, 5), 61)},
+            "token ids must be in [0, 61), got 61; was the text encoded with another",
+        ),
+        ({"start": torch.full((1, 5), -1)}, "token ids must be in [0, 61), got -1"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_arguments_out_of_range_are_refused_whether_or_not_there_is_a_mask(
+    arguments, message, is_masked, oracle, unchecked
+):
+    start = torch.full((1, 5), MASK if is_masked else 3)
+    with pytest.raises(DataError, match=re.escape(message)):
+        exact_sample(oracle, **{"start": start, "steps": 1, **arguments})
+
+
+def test_a_bar_is_shown_if_tqdm_is_there_and_done_without_if_not(oracle, monkeypatch):
+    start = torch.full((1, 6), MASK)
+    expected = exact_sample(oracle, start, steps=2)
+    assert torch.equal(exact_sample(oracle, start, steps=2, progress=True), expected)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert torch.equal(exact_sample(oracle, start, steps=2, progress=True), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_a_hook_spoils_are_not_drawn_from(temperature, oracle):
+    start = torch.full((1, 8), MASK)
+    with (
+        oracle.hooks({"hook_logits": lambda logits, hook: logits * float("nan")}),
+        pytest.raises(ExactError, match=r"hook_logits: what the hooks left is not finite at \[0, 0, 0\]"),
+    ):
+        exact_sample(oracle, start, steps=2, temperature=temperature)

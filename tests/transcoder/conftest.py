@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from capture import ActivationStore, CaptureConfig, open_store, run_capture
+from capture.statistics import HookStatistics
 from mdlm_interp import HookedMDLM, MDLMConfig
 from mdlm_interp.training.tokenizer import train_tokenizer
 from transcoder.checkpoint import load_clt
@@ -126,6 +127,7 @@ def run_config(store: ActivationStore, tmp_path: Path) -> CLTRunConfig:
             window_chunks=2,
             log_every=3,
             checkpoint_every=5,
+            plots=False,
             seed=6,
         ),
     )
@@ -135,7 +137,9 @@ def run_config(store: ActivationStore, tmp_path: Path) -> CLTRunConfig:
 def trained_directory(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 150 steps; only to be read."""
     out = tmp_path_factory.mktemp("trained") / "clt"
-    settings = TrainConfig(steps=150, batch_size=128, lr=5e-3, warmup_steps=5, dead_after_tokens=2000, seed=6)
+    settings = TrainConfig(
+        steps=150, batch_size=128, lr=5e-3, warmup_steps=5, dead_after_tokens=2000, plots=False, seed=6
+    )
     run = CLTRunConfig(store=store.path, out=out, n_features=64, k=8, held_out_fraction=0.2, train=settings)
     train(run)
     return out
@@ -199,16 +203,16 @@ def capture(
     return run
 
 
-class InterruptedStore:
+class InterruptedStore(ActivationStore):
     """A store whose capture stopped after some sequences, as a reader shows it."""
 
     complete = False
+    n_sequences = 0
 
     def __init__(self, store: ActivationStore, n_sequences: int) -> None:
+        self.__dict__.update(store.__dict__)
         self._store, self.n_sequences = store, n_sequences
-
-    def __len__(self) -> int:
-        return self.n_sequences * self._store.length
+        self._rows = n_sequences * store.length
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         x_0, x_t = self._store.tokens()
@@ -217,8 +221,8 @@ class InterruptedStore:
     def times(self) -> Tensor:
         return self._store.times()[: self.n_sequences]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+    def statistics(self, hook: str) -> HookStatistics:
+        return self._store.statistics(hook)
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_tensors_that_do_not_fit_are_refused(saved, edit, message):
     [
         ({"format": "sae"}, "has format 'sae', expected 'mdlm-interp clt'"),
         ({"version": 2}, "has version 2, this package reads 1; update the package"),
-        ({"transcoder": {"n_layers": 3}}, r"missing d_model \(int\), n_features \(int\), k \(int\)"),
+        ({"transcoder": {"n_layers": 3}}, r"missing n_features \(int\), d_model \(int\)"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(saved, changes, message):

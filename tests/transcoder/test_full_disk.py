@@ -8,11 +8,12 @@ import torch
 
 from mdlm_interp.__main__ import main
 from mdlm_interp.errors import CheckpointError, WriteError
-from transcoder.checkpoint import latest_training_state, load_clt, save_clt, save_training_state
+from transcoder.checkpoint import load_clt, save_clt
 from transcoder.config import METRICS
 from transcoder.report import write_report
 from transcoder.run import train
 from transcoder.training_log import append_entry, read_log
+from transcoder.training_state import latest_training_state, save_training_state
 
 SMALL = ["--n-features", "32", "--k", "4", "--train.batch-size", "64", "--train.log-every", "2"]
 
@@ -31,7 +32,7 @@ def test_training_on_a_full_disk_is_one_line_and_the_same_command_finishes_later
         assert main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{out}/checkpoints/step-00000004/clt.safetensors cannot be written: File too large; " in error
+    assert f"{out}/checkpoints/step-00000004 cannot be written: File too large; " in error
     assert latest_training_state(out) is None
     assert not list(out.rglob("*partial*"))
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
@@ -46,15 +47,13 @@ def test_a_full_disk_keeps_the_last_state_and_the_run_continues_with_the_same_bi
     whole = train(run_config)
     stopped = replace(run_config, out=tmp_path / "stopped")
 
-    def save(out, clt, optimiser, loop):
-        with full_disk(20_000 if loop["step"] > 5 else 10**9):
-            return save_training_state(out, clt, optimiser, loop)
+    def save(out, tensors, state, *, keep):
+        with full_disk(20_000 if state["step"] > 5 else 10**9):
+            return save_training_state(out, tensors, state, keep=keep)
 
     with monkeypatch.context() as patch:
         patch.setattr("transcoder.trainer.save_training_state", save)
-        with pytest.raises(
-            WriteError, match=r"step-00000010/clt.safetensors cannot be written: File too large"
-        ):
+        with pytest.raises(WriteError, match=r"step-00000010 cannot be written: File too large"):
             train(stopped)
     state = latest_training_state(stopped.out)
     assert state is not None

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from transcoder.losses import auxk_loss, layer_fvu, reconstruction_loss
+from transcoder.config import TrainConfig
+from transcoder.losses import layer_fvu, reconstruction_loss
+from transcoder.objective import objective
 
 
 def test_reconstruction_is_the_mean_over_layers_of_the_squared_error_over_the_stores_variance(
@@ -33,7 +35,12 @@ def case(clt, rows):
     return residual, pre_acts, is_dead, list(clt.W_dec)
 
 
-def test_auxk_equals_its_formula(case):
+def auxk(clt, rows, is_dead, k):
+    """AuxK alone, as training computes it."""
+    return objective(clt, rows[0], rows[1], TrainConfig(auxk=k), step=0, is_dead=is_dead).auxk
+
+
+def test_auxk_equals_its_formula(case, clt, rows):
     residual, pre_acts, is_dead, w_dec = case
     written = torch.zeros_like(residual).double()
     for source in range(3):
@@ -44,23 +51,25 @@ def test_auxk_equals_its_formula(case):
                     written[source:, row] += h[row, feature] * w_dec[source][feature].detach().double()
     error, left = residual.detach().double(), residual.detach().double() - written
     expected = left.square().sum() / error.square().sum()
-    assert float(auxk_loss(residual, pre_acts, is_dead, w_dec, 3).detach()) == pytest.approx(
-        float(expected), rel=1e-5
-    )
+    assert float(auxk(clt, rows, is_dead, 3)) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_auxk_is_zero_when_nothing_is_dead_or_it_is_off(case):
-    residual, pre_acts, is_dead, w_dec = case
-    assert float(auxk_loss(residual, pre_acts, torch.zeros_like(is_dead), w_dec, 3)) == 0.0
-    assert float(auxk_loss(residual, pre_acts, is_dead, w_dec, 0)) == 0.0
+def test_auxk_is_zero_when_nothing_is_dead_or_it_is_off(case, clt, rows):
+    is_dead = case[2]
+    assert float(auxk(clt, rows, torch.zeros_like(is_dead), 3)) == 0.0
+    assert float(auxk(clt, rows, is_dead, None)) == 0.0
 
 
-def test_auxk_moves_only_dead_features(case, clt):
-    residual, pre_acts, is_dead, w_dec = case
-    loss = auxk_loss(residual, pre_acts, is_dead, w_dec, 3)
-    gradients = torch.autograd.grad(loss, [clt.W_enc, *w_dec, clt.b_dec], allow_unused=True)
-    assert torch.equal(gradients[0].ne(0).any(-1), is_dead)
-    assert torch.equal(gradients[1].ne(0).any(-1).any(-1), is_dead[0])
-    assert gradients[2] is None  # layer 1 has no dead feature
-    assert torch.equal(gradients[3].ne(0).any(-1).any(-1), is_dead[2])
-    assert gradients[4] is None
+def test_auxk_moves_only_dead_features(case, clt, rows):
+    is_dead, parameters = case[2], [clt.W_enc, *clt.W_dec, clt.b_dec]
+    changes = []
+    for alpha in (0.0, 1.0):
+        outcome = objective(
+            clt, rows[0], rows[1], TrainConfig(auxk=3, auxk_alpha=alpha), step=0, is_dead=is_dead
+        )
+        changes.append(torch.autograd.grad(outcome.loss, parameters))
+    moved = [ours.ne(theirs) for ours, theirs in zip(*changes, strict=True)]
+    assert torch.equal(moved[0].any(-1), is_dead)
+    for source in range(3):
+        assert torch.equal(moved[1 + source].any(-1).any(-1), is_dead[source])
+    assert not moved[4].any()

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from mdlm_interp.errors import CheckpointError, DataError, OutputExistsError
-from transcoder.checkpoint import load_clt, read_tensors
+from transcoder.batches import Batch, StoreBatches
+from transcoder.checkpoint import load_clt
 from transcoder.config import METRICS, TrainConfig
-from transcoder.data import Batch, BatchLoader, RowOrder, split_sequences
+from transcoder.data import split_sequences
 from transcoder.run import train
 from transcoder.trainer import Trainer
 from transcoder.training_log import read_log
+from transcoder.training_state import load_training_state, training_states
 
 
 def with_train(config, **changes):
@@ -100,20 +102,36 @@ def test_training_is_a_function_of_its_config(run_config, tmp_path):
     assert same_weights(train(run_config), train(replace(run_config, out=tmp_path / "again")))
 
 
-def test_the_state_holds_the_moments_and_the_dead_counters(run_config, stop_at):
+def test_the_state_holds_all_that_the_next_step_depends_on(run_config, store, stop_at):
     stop_at(7, kill)
     with pytest.raises(KilledError):
         train(run_config)
     state = run_config.out / "checkpoints" / "step-00000005"
-    assert sorted(path.name for path in state.iterdir()) == [
-        "clt.safetensors", "config.json", "loop.json", "optimiser.safetensors", "training_sequences.safetensors"
-    ]  # fmt: skip
-    tensors = read_tensors(state / "optimiser.safetensors")
-    parameters = [name for name, _ in load_clt(state).named_parameters()]
-    moments = {f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in parameters}
-    assert tensors.keys() == {"rows_since_active"} | moments
-    assert float(tensors["step.W_enc"]) == 5.0
+    assert sorted(path.name for path in state.iterdir()) == ["state.json", "tensors"]
+    tensors, loop = load_training_state(state)
+    names = ["W_enc", "b_enc", "b_dec", *(f"W_dec.{source}" for source in range(3))]
+    buffers = ["in_mean", "in_scale", "out_mean", "out_scale"]
+    moments = {f"adam.{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in names}
+    weights = {f"clt.{name}" for name in [*names, *buffers]}
+    assert tensors.keys() == {"rows_since_active", "training_sequences"} | moments | weights
+    assert float(tensors["adam.step.W_enc"]) == 5.0
     assert int(tensors["rows_since_active"].max()) <= 250
+    assert loop["step"] == 5
+    assert loop["schedules"] == {"lr": 5e-3, "sparsity": 0.0, "k": 2}
+    assert loop["cursor"] == {"seed": 6, "epoch": 0, "step_of_epoch": 5, "steps_per_epoch": 15}
+    assert loop["provenance"]["store"]["fingerprint"] == store.fingerprint()
+    assert len(loop["provenance"]["normalisation_sha256"]) == 64
+    assert loop["provenance"]["verification"]["rows"] == 48
+
+
+@pytest.mark.parametrize("keep", [1, 2, 9])
+def test_the_newest_states_are_kept(run_config, stop_at, keep):
+    config = with_train(run_config, checkpoint_every=2, keep_checkpoints=keep)
+    stop_at(9, kill)
+    with pytest.raises(KilledError):
+        train(config)
+    kept = [int(state.name.removeprefix("step-")) for state in training_states(config.out)]
+    assert kept == [2, 4, 6, 8][-keep:]
 
 
 def test_a_finished_run_is_a_transcoder_and_leaves_no_states(run_config):
@@ -157,8 +175,21 @@ def test_a_damaged_state_is_one_line(run_config, stop_at):
     with pytest.raises(KilledError):
         train(run_config)
     state = run_config.out / "checkpoints" / "step-00000005"
-    (state / "loop.json").write_text('{"step": 5}')
-    with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(KeyError: 'recent'\); restore it"):
+    whole = (state / "state.json").read_text()
+    (state / "state.json").write_text('{"step": 5}')
+    with pytest.raises(
+        CheckpointError, match=r"step-00000005 is damaged \(KeyError: 'provenance'\); restore it"
+    ):
+        train(run_config)
+    (state / "state.json").write_text(whole)
+    (file,) = (state / "tensors").glob("*.distcp")
+    content = file.read_bytes()
+    for damaged in (content[: len(content) // 2], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(\w+: .*\); restore it"):
+            train(run_config)
+    (state / "tensors" / ".metadata").write_bytes(b"no pickle")
+    with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(\w+: .*\); restore it"):
         train(run_config)
 
 
@@ -178,21 +209,27 @@ def test_rows_that_are_not_finite_are_an_error_that_names_step_and_rows(run_conf
     assert batches[-1] == 12
     steps = rows_of_steps(run_config, reopened)
     poisoned += [int(steps[4][0]), int(steps[4][9])]
+    again = with_train(replace(run_config, out=run_config.out / "again"), verify_sequences=None)
     with pytest.raises(DataError) as caught:
-        train(replace(run_config, out=run_config.out / "again"), store=reopened)
+        train(again, store=reopened)
     listed = ", ".join(map(str, sorted(poisoned)))
     assert str(caught.value).startswith("the loss of step 4 is nan")
     assert f"the store's rows {listed} are not finite; capture them again" in str(caught.value)
+    file = run_config.out / "again" / "checkpoints" / "failed-step-00000004.json"
+    assert str(caught.value).endswith(f"; {file} has the batch")
+    record = json.loads(file.read_text())
+    assert record["rows"] == steps[4].tolist()
+    assert sorted(record["rows_not_finite"]) == sorted(poisoned)
+    assert [store_row // 24 for store_row in record["rows"]] == record["seq"]
+    assert (record["step"], record["cursor"]["step_of_epoch"], record["loss"]) == (4, 4, "nan")
+    assert record["parameters_not_finite"] == []
 
 
 def rows_of_steps(config, store):
     """The rows of each step, from the order of batches alone."""
     split = split_sequences(store.tokens()[0], config.held_out_fraction, config.train.seed)
-    order = RowOrder(
-        split.train, store.length, seed=config.train.seed, window_chunks=config.train.window_chunks
-    )
-    loader = BatchLoader(store, order, config.train.batch_size, [], [])
-    return [loader.rows(step) for step in range(config.train.steps)]
+    batches = StoreBatches(store, split.train, config.train, store.hooks[:1], store.hooks[1:2])
+    return [batches.rows(step) for step in range(config.train.steps)]
 
 
 def test_a_diverged_run_is_an_error_that_says_so(run_config):
@@ -211,12 +248,13 @@ def test_training_reconstructs_far_better_than_the_mean(trained_directory):
 
 
 def test_dead_counters_count_rows_since_a_feature_was_active(clt, rows):
-    class Same(BatchLoader):
-        def __init__(self):
-            pass
-
+    class Same:
         def batch(self, step):
-            return Batch(np.arange(64), *rows)
+            is_masked, t = torch.zeros(64, dtype=torch.bool), torch.ones(64, dtype=torch.float64)
+            return Batch(np.arange(64), rows[0], rows[1], is_masked=is_masked, t=t, where={})
+
+        def cursor(self, step):
+            return {}
 
     with torch.no_grad():
         clt.b_enc[1, 5] = -1e3
@@ -226,11 +264,3 @@ def test_dead_counters_count_rows_since_a_feature_was_active(clt, rows):
     assert trainer.rows_since_active[1, 5] == 192
     assert torch.equal(trainer.rows_since_active == 0, active)
     assert [step.dead for step in metrics] == [0, 0, int((~active).sum())]
-
-
-def test_the_learning_rate_warms_up_holds_and_falls_to_zero():
-    config = TrainConfig(steps=100, lr=1.0, warmup_steps=10, decay_fraction=0.2)
-    rates = [config.learning_rate(step) for step in range(100)]
-    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert set(rates[10:81]) == {1.0}
-    assert rates[80:] == pytest.approx([1 - step / 20 for step in range(20)])

@@ -7,9 +7,10 @@ import io
 import json
 import lzma
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -178,15 +179,15 @@ def sentences() -> Callable[[int], list[str]]:
 
 
 @pytest.fixture
-def blocked_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+def blocked_reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names of files that may not be opened: root may open all, so permissions cannot show it."""
     names: set[str] = set()
-    original = Path.open
+    original: Callable[..., Any] = Path.open
 
     def guarded(path: Path, *args: object, **keywords: object) -> object:
         if path.name in names:
             raise PermissionError(13, "Permission denied", str(path))
-        return original(path, *args, **keywords)  # type: ignore[arg-type]
+        return original(path, *args, **keywords)
 
     monkeypatch.setattr(Path, "open", guarded)
     return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
@@ -19,7 +20,7 @@ def zst(content: bytes) -> bytes:
     return bytes(pa.compress(content, codec="zstd", asbytes=True))
 
 
-COMPRESS = {"gz": gzip.compress, "zst": zst, "xz": lzma.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zst, "xz": lzma.compress}
 
 
 @pytest.mark.parametrize("kind", COMPRESS)

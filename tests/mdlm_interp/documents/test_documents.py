@@ -163,6 +163,18 @@ def test_a_byte_that_is_no_utf8_is_named_by_its_place_in_the_file(write, refusal
     )
 
 
+@pytest.mark.parametrize("before", range(10))
+def test_the_place_of_a_byte_does_not_depend_on_where_the_file_is_cut_into_pieces(
+    write, refusal, monkeypatch, before
+):
+    """Exact: also after a piece that ends inside a character."""
+    monkeypatch.setattr(compression, "PIECE", 4)
+    content = b"a" * before + "é😀é".encode() + b"\xff" + "é".encode()
+    assert refusal(write("a.txt", content)) == (
+        f" is not UTF-8 (byte {before + 8}: invalid start byte); convert it first"
+    )
+
+
 def test_a_file_cut_off_inside_a_character_is_refused(write, refusal):
     assert refusal(write("a.txt", b"caf" + "é".encode()[:1])) == (
         " is not UTF-8 (byte 3: unexpected end of data); convert it first"
@@ -176,6 +188,16 @@ def test_a_file_cut_off_inside_a_character_is_refused(write, refusal):
         ('{"txt": "a"}', ", line 3 has no \"text\" string; did you mean 'txt'?"),
         ('{"text": 3}', ", line 3 has no \"text\" string; did you mean 'text'?"),
         ('["a"]', ', line 3 has no "text" string'),
+        (
+            "[" * 100_000,
+            ", line 3 cannot be read (maximum recursion depth exceeded while decoding a JSON array from a "
+            "unicode string); remove the line",
+        ),
+        (
+            f'{{"id": {"9" * 5000}}}',
+            ", line 3 cannot be read (Exceeds the limit (4300 digits) for integer string conversion: "
+            "value has 5000 digits); remove the line",
+        ),
         (r'{"text": "\ud83d"}', ", line 3: the text has half a surrogate pair, which is no character"),
     ],
 )

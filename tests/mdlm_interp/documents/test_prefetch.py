@@ -37,7 +37,13 @@ def test_items_are_the_same_in_the_same_order(depth):
 def test_no_more_than_depth_items_are_made_ahead(depth):
     """Exact: counted when the thread cannot go further."""
     made = []
-    stream = prefetched((made.append(n) or n for n in range(50)), depth)
+
+    def items():
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    stream = prefetched(items(), depth)
     for taken in range(1, 5):
         next(stream)
         deadline = time.monotonic() + 30
@@ -123,6 +129,17 @@ def test_blocks_leave_no_thread_and_no_open_file(gpt2_tokenizer, write):
         assert f"{path}" not in open_files()
 
 
+@pytest.mark.parametrize("cut", [token_blocks, document_blocks])
+def test_an_error_in_the_blocks_stops_the_thread_while_the_error_is_kept(gpt2_tokenizer, cut):
+    """Exact: an exception keeps the frames that it went through, and with them all that these hold."""
+    stream = cut((Document("some text", 0, n) for n in range(10_000)), gpt2_tokenizer, 8)
+    next(stream)
+    with pytest.raises(RuntimeError) as caught:
+        stream.throw(RuntimeError("the consumer failed"))
+    assert threads() == []
+    assert caught.tb is not None
+
+
 def open_files() -> list[str]:
     folder = "/proc/self/fd"
     if not os.path.isdir(folder):
@@ -144,7 +161,7 @@ def test_a_bad_document_is_an_error_of_the_blocks(gpt2_tokenizer):
 
     expected = list(token_blocks((Document(f"text {n}", 0, n) for n in range(1000)), gpt2_tokenizer, 16))
     assert len(expected) > 10
-    found = []
+    found: list[list[int]] = []
     stream = token_blocks(documents(), gpt2_tokenizer, 16)
     with pytest.raises(ValueError, match="broken"):
         found.extend(block.ids.tolist() for block in stream)
@@ -192,7 +209,7 @@ from mdlm_interp.tokenizers import load_tokenizer
 def endless():
     number = 0
     while True:
-        yield Document("some text about nothing " * 50, 0, number)
+        yield Document("some text about nothing", 0, number)
         number += 1
 
 blocks = token_blocks(endless(), load_tokenizer(sys.argv[1]), 64)

@@ -179,7 +179,12 @@ def test_what_comes_before_the_start_is_not_tokenised(gpt2_tokenizer, monkeypatc
     assert start.documents == 2000
     coded: list[str] = []
     encode = gpt2_tokenizer.encode_batch
-    monkeypatch.setattr(gpt2_tokenizer, "encode_batch", lambda texts: coded.extend(texts) or encode(texts))
+
+    def seen(texts):
+        coded.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(gpt2_tokenizer, "encode_batch", seen)
     list(token_blocks(documents, gpt2_tokenizer, 16, start=start))
     assert coded == [document.text for document in documents[2000:]]
 

@@ -80,6 +80,19 @@ def test_no_document_with_a_wrong_id_comes_out(write, gpt2_tokenizer):
         next(stream)
 
 
+@pytest.mark.parametrize("before", [[], [EOS, 1, EOS]])
+def test_a_document_without_an_end_in_sight_is_refused(write, refusal, gpt2_tokenizer, monkeypatch, before):
+    """Exact: as a file is whose ends of documents are another id; memory stays bounded."""
+    monkeypatch.setattr(token_files, "PIECE_TOKENS", 7)
+    monkeypatch.setattr(token_files, "LONGEST", 20)
+    documents = [1] * 20 + [EOS]
+    assert ids_of(write("a.bin", as_bytes(*documents)), gpt2_tokenizer) == [[1] * 20]
+    assert refusal(write("a.bin", as_bytes(*before, *[1] * 30, EOS)), gpt2_tokenizer) == (
+        " has more than 20 ids without <|endoftext|> (266) among them; wrong vocabulary? "
+        "Name the tokenizer that it was written with"
+    )
+
+
 def test_files_with_a_header_of_llm_c_are_refused(write, refusal, gpt2_tokenizer):
     header = np.array([20240520, 1, 3, *[0] * 253], "<i4").tobytes()
     assert refusal(write("a.bin", header + as_bytes(1, 2, 3)), gpt2_tokenizer) == (

@@ -1,0 +1,23 @@
+"""Encode and decode with gradients through active features only: in compiled loops on CPU, plain torch elsewhere."""
+
+from transcoder.kernels.autograd import (
+    batch_topk,
+    decode,
+    encode_selected,
+    encode_topk,
+    pre_activations,
+    select_topk,
+)
+from transcoder.kernels.buffers import GradientBuffers
+from transcoder.kernels.paths import plain_path
+
+__all__ = [
+    "decode",
+    "encode_topk",
+    "encode_selected",
+    "pre_activations",
+    "select_topk",
+    "batch_topk",
+    "GradientBuffers",
+    "plain_path",
+]

@@ -1,0 +1,135 @@
+"""The state of a training run on disk: everything that the next step depends on.
+
+    checkpoints/run.json            whose run it is: config, store, versions; there from its start
+    checkpoints/step-00000500/
+        state.json                  step, metrics since the last line, where the schedules and the data order are,
+                                    hashes of the store and of the normalisation, the transcoder's shape, the proof
+        tensors/                    by torch.distributed.checkpoint: weights, normalisation, Adam's moments, counters of
+                                    rows without activity, hashes of the training text
+
+A state is written beside its place and renamed into it as a whole when it is on disk: there or not, never in part.
+"""
+
+# Axes: none; tensors are named
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from mdlm_interp.atomic_files import PREFIX, replacing_directory
+from mdlm_interp.errors import CheckpointError
+from transcoder.checkpoint import read_json, write_json
+
+CHECKPOINTS = "checkpoints"
+STATE = "state.json"
+TENSORS = "tensors"
+DAMAGED = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    EOFError,
+    pickle.PickleError,
+)
+"""What pickle, zipfile and torch raise on files that are not what was written."""
+
+
+def save_training_state(
+    out: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 1
+) -> Path:
+    """Write the state after state["step"] steps and remove all but the newest; returns its directory.
+
+    Args:
+        keep: States to have afterwards, this one included.
+    Raises:
+        WriteError: If the disk is full or failing; the older states are still there then.
+    """
+    final = out / CHECKPOINTS / f"step-{state['step']:08d}"
+    with replacing_directory(final) as partial:
+        with _plain_errors():
+            state_dict_saver.save(
+                {name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=partial / TENSORS
+            )
+        write_json(partial / STATE, state)
+    for leftover in final.parent.glob(f"{PREFIX}step-*"):
+        shutil.rmtree(leftover)
+    for older in training_states(out)[:-keep]:
+        shutil.rmtree(older)
+    return final
+
+
+def training_states(out: Path) -> list[Path]:
+    """Directories of the complete states, oldest first."""
+    found = (out / CHECKPOINTS).glob("step-*")
+    return sorted(path for path in found if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def latest_training_state(out: Path) -> Path | None:
+    """Directory of the newest complete state, or None."""
+    return next(reversed(training_states(out)), None)
+
+
+def load_training_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the rest of a saved state.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    state = read_json(directory / STATE)
+    try:
+        with _plain_errors():
+            metadata = FileSystemReader(directory / TENSORS).read_metadata().state_dict_metadata
+            tensors: dict[str, Tensor] = {
+                name: torch.empty(entry.size, dtype=entry.properties.dtype)
+                for name, entry in metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            state_dict_loader.load(tensors, checkpoint_id=directory / TENSORS)
+    except DAMAGED as error:
+        raise damaged_state(directory, error) from None
+    return tensors, state
+
+
+def damaged_state(directory: Path, error: Exception) -> CheckpointError:
+    """The error for a state that does not read or does not fit."""
+    reason = (str(error).splitlines() or [""])[0]
+    return CheckpointError(
+        f"{directory} is damaged ({type(error).__name__}: {reason}); restore it from a copy or remove "
+        f"{directory.parents[1]} to start over"
+    )
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise what was wrong itself, where torch.distributed.checkpoint raises a report of all ranks."""
+    with warnings.catch_warnings():
+        # Without a process group it says that it takes this for a single process, which is meant.
+        warnings.filterwarnings("ignore", "torch.distributed is .*assuming the intent is to (save|load)")
+        try:
+            yield
+        except CheckpointException as report:
+            failure: BaseException = next(iter(report.failures.values()))[0]
+            raise _disk_error_of(failure) or failure from None
+
+
+def _disk_error_of(failure: BaseException | None) -> OSError | None:
+    """The error of the disk in a chain of exceptions: torch's zip writer hides it behind one of its own."""
+    while failure is not None and not isinstance(failure, OSError):
+        failure = failure.__cause__ or failure.__context__
+    return failure
