@@ -25,9 +25,10 @@ def renew() -> None:
                     loop.recompile()
 
 
-def kept_in() -> str:
-    """The directory of compiled loops on disk."""
-    return str(kernels.compiled_from.stats.cache_path)
+def kept_in() -> str | None:
+    """The directory of compiled loops on disk; None if they are not kept."""
+    directory: str | None = kernels.compiled_from.stats.cache_path
+    return directory
 
 
 def disagreements() -> list[str]:

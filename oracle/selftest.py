@@ -58,9 +58,10 @@ def require_trusted(device: torch.device, n_elements: int) -> None:
             from oracle.fused_check import disagreements, kept_in
 
             failures = [f"the compiled loop {name} differs from the plain path" for name in disagreements()]
-            remedy = (
-                f"delete {kept_in()}/*.nb? if the sources were changed, or set MDLM_INTERP_EXACT_PATH=plain"
-            )
+            kept = kept_in()
+            remedy = "set MDLM_INTERP_EXACT_PATH=plain"
+            if kept is not None:
+                remedy = f"delete {kept}/*.nb? if the sources were changed, or {remedy}"
         if failures:
             raise UntrustedMachineError(
                 f"exact results cannot be trusted on {device}: {'; '.join(failures)}; {remedy}, and please report it"

@@ -63,18 +63,11 @@ def topk(pre_acts: Float[Tensor, "*rows feature"], k: int) -> Float[Tensor, "*ro
 def batch_topk_mask(
     pre_acts: Float[Tensor, "layer batch feature"], k: int
 ) -> Bool[Tensor, "layer batch feature"]:
-    """Which features are among the k * batch largest of their layer; ties go to the first row, then feature."""
-    return topk_mask(pre_acts.flatten(1), k * pre_acts.shape[1]).view_as(pre_acts)
-
-
-def batch_topk(
-    pre_acts: Float[Tensor, "layer batch feature"], k: int
-) -> Float[Tensor, "layer batch feature"]:
-    """The k * batch largest values of each layer over the whole batch, negative ones as zero.
+    """Which features are among the k * batch largest of their layer; ties go to the first row, then feature.
 
     For training only: what a row keeps depends on the others. `calibration` makes it a JumpReLU.
     """
-    return torch.where(batch_topk_mask(pre_acts.detach(), k), pre_acts.relu(), 0.0)
+    return topk_mask(pre_acts.flatten(1), k * pre_acts.shape[1]).view_as(pre_acts)
 
 
 def jumprelu(

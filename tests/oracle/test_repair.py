@@ -97,6 +97,30 @@ def test_the_plain_repair_alone_is_right_however_often_they_cancel(terms, stages
         assert same_bits(dot_rows(*given, factor=factor), rounded([Fraction(factor) * s for s in sums]))
 
 
+@pytest.mark.parametrize("part", [lambda terms: repair._sum_quickly(terms, None), repair._sum_surely])
+@pytest.mark.parametrize("factor", [1.0, 0.7])
+def test_each_plain_repair_is_right_where_it_is_certain(part, factor):
+    certain = asked = 0
+
+    def check(terms, expected):
+        nonlocal certain, asked
+        values, sure = repair._scaled_and_rounded(part(terms.double()), factor)
+        certain += certain_and_right(list(zip(values.tolist(), sure.tolist(), strict=True)), expected)
+        asked += terms.shape[0]
+
+    for terms, stages, reach in [*((*size, 50) for size in SIZES), (40, 1, 2), (129, 1, 2), (129, 2, 2)]:
+        x, weight, sums = reference.deep_cancellation(3 * terms + stages, 100, terms, stages, reach)
+        check(x.double() * weight.double(), rounded([Fraction(factor) * total for total in sums]))
+    if factor == 1.0:
+        for size in TIES:
+            check(*reference.hidden_ties(3, 100, *size))
+    else:
+        for pairs in (0, 10, 30):
+            check(*reference.scaled_midpoints(3, 100, factor, pairs))
+    # Both decide some and leave some, or the claim would be empty.
+    assert asked // 20 < certain < asked
+
+
 def test_the_plain_repair_leaves_some_to_integers_and_decides_most(monkeypatch):
     """Neither part of it stands idle in the tests above."""
     asked = 0

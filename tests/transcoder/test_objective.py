@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transcoder import CrossLayerTranscoder, TranscoderConfig
-from transcoder.activations import batch_topk, jumprelu, topk
+from transcoder.activations import batch_topk_mask, jumprelu, topk
 from transcoder.config import TrainConfig
 from transcoder.kernels import GradientBuffers
 from transcoder.objective import objective
@@ -60,7 +60,7 @@ def dense_loss(clt, x, y, config, is_dead, row_weights):
     theta = torch.zeros_like(clt.b_enc) if clt.log_threshold is None else clt.log_threshold.exp()
     acts = {
         "topk": lambda: topk(h, 4),
-        "batchtopk": lambda: batch_topk(h, 4),
+        "batchtopk": lambda: torch.where(batch_topk_mask(h.detach(), 4), h.relu(), 0.0),
         "relu": h.relu,
         "jumprelu": lambda: jumprelu(h, clt.log_threshold[:, None], shape.ste, shape.ste_width),
     }[shape.activation]()

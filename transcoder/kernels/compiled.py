@@ -32,11 +32,8 @@ from transcoder.sparse import SparseActs, offsets_of
 SHARES = 4096
 """Into how many parts of equal work the features of a layer are divided, to be shared out."""
 
-WIDEST_HEAP = 256
-"""Above this k, torch's selection is faster (measured at 2,048 and 8,192 features)."""
-
-FIRST_BITS = {torch.float32: (torch.int32, 20), torch.float64: (torch.int64, 52)}
-"""Integers of the same width; and how far the first 11 bits below the sign are from the right."""
+SAMPLED_ROWS = 32
+"""One of so many rows tells where the largest values of all are to be sought."""
 
 
 def _array(x: Tensor) -> NDArray[Any]:
@@ -219,76 +216,96 @@ def encode_backward(
     return dx
 
 
-def _bits(x: Tensor) -> tuple[NDArray[Any], np.integer[Any], np.integer[Any]]:
-    """Floats as integers of the same width, the bits of infinity, and all bits but the sign."""
-    integer = FIRST_BITS[x.dtype][0]
-    whole = _array(torch.tensor(torch.inf, dtype=x.dtype).view(integer))[()]
-    return _array(x.contiguous().view(integer)), whole, whole.dtype.type(np.iinfo(whole.dtype).max)
+class Bits(NamedTuple):
+    """Floats in memory, and the same as integers, whose order above zero is theirs."""
+
+    x: NDArray[Any]
+    bits: NDArray[Any]
+    infinity: np.integer[Any]
+    """Bits of infinity; what is above is NaN."""
+    magnitude: np.integer[Any]
+    """All bits but the sign."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> Bits:
+        """Of a tensor, flat."""
+        memory = _array(x.contiguous().view(-1))
+        integer = np.dtype(f"int{8 * memory.itemsize}").type
+        infinity = np.array(np.inf, memory.dtype).view(integer)[()]
+        return cls(memory, memory.view(integer), infinity, integer(np.iinfo(integer).max))
 
 
 def select_topk(pre_acts: Float[Tensor, "batch feature"], k: int) -> SparseActs:
     """See `plain.select_topk`."""
     batch, n_features = pre_acts.shape
     k = min(k, n_features)
-    if not 0 < k <= WIDEST_HEAP:
+    if k == 0:
         return plain.select_topk(pre_acts, k)
-    given = _bits(pre_acts)
+    given = Bits.of(pre_acts)
     indices, counts = np.empty((batch, k), np.int32), np.empty(batch, np.int64)
 
     def run(first: int, stop: int) -> None:
-        selection_loops.largest_of_rows(*given, k, first, stop, indices, counts)
+        selection_loops.largest_of_rows(*given, n_features, k, first, stop, indices, counts)
 
     over_rows(run, batch, pre_acts.numel())
-    kept = torch.from_numpy(np.arange(k) < counts[:, None])
-    places = torch.from_numpy(indices)
+    kept = np.arange(k) < counts[:, None]
+    rows, chosen = np.arange(batch).repeat(counts), indices[kept]
     return SparseActs(
-        pre_acts.detach().gather(1, torch.where(kept, places, 0).long())[kept],
-        places[kept],
-        torch.from_numpy(np.concatenate((np.zeros(1, np.int64), counts.cumsum()))),
+        torch.from_numpy(given.x[rows * n_features + chosen]),
+        torch.from_numpy(chosen),
+        offsets_of(torch.from_numpy(counts)),
     )
 
 
 def select_batch_topk(pre_acts: Float[Tensor, "layer batch feature"], n: int) -> list[SparseActs]:
     """See `plain.select_batch_topk`.
 
-    The first 11 bits of all keys are counted, which tells from which value on the n largest lie; only what is there
-    is listed, and the list searched.
+    Only what is above a guess, from a sample of rows, is listed; if that is fewer than n, what is above zero.
     """
-    x, infinity, magnitude = _bits(pre_acts)
     n_layers, batch, n_features = pre_acts.shape
-    table, shift = x.reshape(-1, n_features), FIRST_BITS[pre_acts.dtype][1]
-    limits = infinity, magnitude
-
-    def count(first: int, stop: int) -> NDArray[np.int64]:
-        found = np.zeros(1 << 11, np.int64)
-        selection_loops.histogram(x.reshape(-1), *limits, shift, first, stop, found)
-        return found
-
-    by_bits = np.sum(over_rows(count, x.size, x.size), axis=0)
-    from_here = by_bits[::-1].cumsum()[::-1]  # keys at these bits or above
-    lowest = max(int(np.flatnonzero(from_here >= n).max(initial=0)) << shift, 1)
-    counts = np.empty(len(table), np.int64)
-
-    def measure(first: int, stop: int) -> None:
-        selection_loops.count_from(table, *limits, x.dtype.type(lowest), first, stop, counts)
-
-    over_rows(measure, len(table), x.size)
-    offsets = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))
-    indices, keys = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], x.dtype)
-
-    def collect(first: int, stop: int) -> None:
-        found = indices, keys
-        selection_loops.list_from(table, *limits, x.dtype.type(lowest), offsets, first, stop, *found)
-
-    over_rows(collect, len(table), x.size)
-    kept = np.ones(len(keys), np.bool_)
+    n_rows = n_layers * batch
+    given = Bits.of(pre_acts)
+    guess = _lower_bound(given.x.reshape(n_rows, n_features)[::SAMPLED_ROWS], n / max(1, pre_acts.numel()))
+    offsets, indices, keys = _listed_above(given, n_features, guess)
+    if len(keys) < n and guess > 0:
+        offsets, indices, keys = _listed_above(given, n_features, given.x.dtype.type(0))
+    counts, kept = np.diff(offsets), np.ones(len(keys), np.bool_)
     if len(keys) > n:
-        threshold = np.partition(keys, len(keys) - n)[len(keys) - n] if n else infinity + 2
+        threshold = np.partition(keys, len(keys) - n)[len(keys) - n] if n else given.infinity + 2
         selection_loops.keep_first(keys, threshold, n - np.sum(keys > threshold), offsets, kept, counts)
-    rows = torch.from_numpy(np.arange(len(table)).repeat(np.diff(offsets))[kept])
-    chosen = torch.from_numpy(indices[kept])
-    values = pre_acts.detach().reshape(-1, n_features)[rows, chosen.long()]
+    rows, chosen = np.arange(n_rows).repeat(counts), indices[kept]
+    values = torch.from_numpy(given.x[rows * n_features + chosen])
     per_layer = torch.from_numpy(counts).reshape(n_layers, batch)
     lengths = per_layer.sum(1).tolist()
-    pieces = zip(values.split(lengths), chosen.split(lengths), per_layer, strict=True)
-    return [SparseActs(*piece[:2], offsets_of(piece[2])) for piece in pieces]
+    pieces = zip(values.split(lengths), torch.from_numpy(chosen).split(lengths), per_layer, strict=True)
+    return [SparseActs(own, features, offsets_of(row_counts)) for own, features, row_counts in pieces]
+
+
+def _lower_bound(sample: NDArray[Any], share: float) -> Any:
+    """A positive value that somewhat more than this share of all is probably above; zero if there is none."""
+    positive = sample[(sample > 0) & (sample < np.inf)]
+    rank = int(1.2 * share * sample.size + 4 * (share * sample.size) ** 0.5) + 1
+    if rank > len(positive):
+        return sample.dtype.type(0)
+    return np.partition(positive, len(positive) - rank)[len(positive) - rank]
+
+
+def _listed_above(
+    given: Bits, n_features: int, limit: Any
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[Any]]:
+    """Row by row, the features above a limit, and their values as ordered integers."""
+    n_rows = given.x.size // max(1, n_features)
+    counts = np.empty(n_rows, np.int64)
+
+    def count(first: int, stop: int) -> None:
+        selection_loops.count_above(given.x, n_features, limit, first, stop, counts)
+
+    over_rows(count, n_rows, given.x.size)
+    offsets = np.concatenate((np.zeros(1, np.int64), counts.cumsum()))
+    indices, keys = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], given.bits.dtype)
+
+    def collect(first: int, stop: int) -> None:
+        selection_loops.list_above(*given, n_features, limit, offsets, first, stop, indices, keys)
+
+    over_rows(collect, n_rows, given.x.size)
+    return offsets, indices, keys

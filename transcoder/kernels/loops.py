@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils

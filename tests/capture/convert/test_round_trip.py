@@ -3,6 +3,7 @@
 import os
 import stat
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import zarr
 
 from capture import open_store
 from capture.convert import ExportedStore, export_store
-from capture.reader import Rows
+from capture.places import Place
+from capture.reader import ActivationStore, Rows
 from tests.capture.convert.checks import assert_same_bits, assert_same_content, opened, same_values
 from tests.capture.convert.conftest import FORMATS
-from tests.capture.stores import HEADS, MLP, Plan, make_store
+from tests.capture.stores import HEADS, MLP, Elsewhere, Plan, make_store
 
 
 def read_back(store, out, to, **options) -> ExportedStore:
@@ -36,6 +38,11 @@ def test_an_export_holds_the_bits_of_the_store(another, tmp_path, to, dtype, eve
     found = read_back(store, tmp_path / "out", to)
     assert_same_content(found, store)
     assert found.positions == store.positions
+
+
+def test_a_store_that_is_in_no_local_directory_is_exported(made, store, tmp_path, to):
+    elsewhere = ActivationStore(cast(Place, Elsewhere(made.root)))
+    assert_same_content(read_back(elsewhere, tmp_path / "out", to), store)
 
 
 def test_many_sequences_are_divided_over_files(another, tmp_path, to):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import obstore
@@ -125,6 +126,25 @@ def test_a_lock_that_is_no_record_is_taken_over_when_it_is_old(store, monkeypatc
     monkeypatch.setattr(leases, "LEASE_S", 0.0)
     with place(store).lock("rank-0"):
         pass
+
+
+def test_what_another_took_over_meanwhile_is_not_taken_from_it(store, monkeypatch):
+    left_behind(store)
+    holder, looked = leases.Lease._holder, 0
+    with ExitStack() as stack:
+
+        def late(self: leases.Lease) -> leases.Holder | None:
+            nonlocal looked
+            looked += 1
+            found = holder(self)
+            if looked == 1:
+                stack.enter_context(place(store).lock("rank-0"))
+            return found
+
+        monkeypatch.setattr(leases.Lease, "_holder", late)
+        with pytest.raises(StoreError, match=f"by process {os.getpid()} on"), place(store).lock("rank-0"):
+            pass
+        assert held(store)
 
 
 def test_of_many_who_would_take_over_one_at_a_time_does(store, monkeypatch):
