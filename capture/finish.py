@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,9 @@ from mdlm_interp.errors import StoreError
 
 DONE = "done"
 """A rank's file that says how many rows the whole text gave; the rank has committed all its shards."""
+
+AT_ONCE = 8
+"""Small files that are written or read side by side: a service takes its time for each."""
 
 
 def done_name(rank: int, world_size: int) -> str:
@@ -69,7 +73,12 @@ def finish(place: Place, layout: schema.Layout, *, world_size: int, rows: int) -
 def file_hashes(place: Place) -> dict[str, str]:
     """SHA-256 of every file of a complete store but shards and manifests, by path."""
     kept = [path for path in place.files() if not _temporary(path) and not _is_shard(path)]
-    return {path: hashlib.sha256(place.read(path) or b"").hexdigest() for path in kept}
+
+    def digest(path: str) -> str:
+        return hashlib.sha256(place.read(path) or b"").hexdigest()
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(kept, pool.map(digest, kept), strict=True))
 
 
 def _is_shard(path: str) -> bool:
@@ -123,8 +132,13 @@ def _write_statistics(files: StoreFiles, group: zarr.Group, layout: schema.Layou
             for part in ("count", "total", "square"):
                 setattr(later, part, tensors[f"stats/{hook}/{part}"])
             running.merge(later)
-    for hook, running in moments.items():
-        schema.create_statistics(group, hook, running.arrays())
+
+    def write(hook: str) -> None:
+        schema.create_statistics(group, hook, moments[hook].arrays())
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for _ in pool.map(write, moments):
+            pass
 
 
 def _clean(place: Place) -> None:

@@ -124,9 +124,11 @@ class RunningMoments:
             weight = member[:, start : start + len(scratch)]
             piece = scratch[: weight.shape[1]]
             np.copyto(piece, acts[start : start + len(scratch)].reshape(-1, size))
-            # A product with zeros and ones is the sum over each group, at the speed of BLAS.
-            self.total[groups] += weight @ piece
-            self.square[groups] += weight @ np.einsum("rd,rd->r", piece, piece)
+            # A product with zeros and ones is the sum over each group, at the speed of BLAS. Infinite values
+            # make it NaN, which `finite` tells.
+            with np.errstate(invalid="ignore"):
+                self.total[groups] += weight @ piece
+                self.square[groups] += weight @ np.einsum("rd,rd->r", piece, piece)
 
 
 _kept = threading.local()

@@ -95,7 +95,7 @@ def proof(
     oracle = Oracle(network)
     worst: dict[str, Any] = {"share_of_allowed": -1.0}
     sums = {"stored": hashlib.sha256(), "oracle": hashlib.sha256()}
-    n_different = 0
+    n_different, largest = 0, {"difference": 0.0, "ulp": 0}
     for sample in samples:
         by_oracle, native = (_recomputed(forward, sample) for forward in (oracle, network))
         for hook, stored in sample.rows.items():
@@ -105,6 +105,8 @@ def proof(
                 allowed = _allowed(by_oracle[hook], native[hook], dtype)
             found = _compared(f"{name}: {hook}", sample.first_row, stored, expected, allowed)
             n_different += found.pop("n_different")
+            largest["difference"] = max(largest["difference"], float((stored - expected).abs().max()))
+            largest["ulp"] = max(largest["ulp"], int(ulp_distance(stored, expected).max()))
             worst = max(worst, {"hook": hook, **found}, key=lambda each: float(each["share_of_allowed"]))
             sums["stored"].update(stored.numpy().tobytes())
             sums["oracle"].update(expected.numpy().tobytes())
@@ -114,6 +116,8 @@ def proof(
         "hooks": len(samples[0].rows),
         "arithmetic": "exact" if exact else "native",
         "values_that_differ": n_different,
+        "largest_difference": largest["difference"],
+        "largest_ulp": largest["ulp"],
         "worst": worst,
         "stored_sha256": sums["stored"].hexdigest(),
         "oracle_sha256": sums["oracle"].hexdigest(),
@@ -205,6 +209,5 @@ def _compared(name: str, first_row: int, stored: Tensor, expected: Tensor, allow
         "stored": float(stored[place]),
         "oracle": float(expected[place]),
         "difference": float(difference[place]),
-        "largest_ulp": int(ulp_distance(stored, expected).max()),
         "share_of_allowed": float(share[place]),
     }

@@ -172,3 +172,17 @@ def test_public_names_resolve_and_others_do_not():
     assert all(hasattr(capture, name) for name in capture.__all__)
     with pytest.raises(AttributeError, match="module 'capture' has no attribute 'open_stor'"):
         capture.open_stor  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_verify_of_an_export_checks_its_bytes(config, tmp_path, capsys):
+    run(arguments(config))
+    out = tmp_path / "rows.safetensors"
+    assert main(["capture", "export", config.out, "--to", "safetensors", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert verify([str(out)]) == 0
+    assert "every byte matches its checksum: " in capsys.readouterr().out
+    file = next(out.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert main(["capture", "verify", str(out)]) == 2

@@ -109,9 +109,12 @@ def test_axes_of_one_name_must_have_one_size(name, path, unchecked):
             lambda: ops.modulate(ones(2, 3, 4), ones(2, 1, 4), ones(3, 1, 4)),
             "modulate: the shapes must broadcast to one, got x [2, 3, 4], shift [2, 1, 4], scale [3, 1, 4]",
         ),
-        (lambda: ops.add(ones(2), 1.0), "add: b must be a float32 tensor, got float; make it one"),
         (
-            lambda: ops.gelu_tanh(1.0),
+            lambda: ops.add(ones(2), 1.0),  # type: ignore[arg-type]
+            "add: b must be a float32 tensor, got float; make it one",
+        ),
+        (
+            lambda: ops.gelu_tanh(1.0),  # type: ignore[arg-type]
             "gelu_tanh: takes float32 tensors, got float; make them with torch.tensor",
         ),
         (

@@ -177,15 +177,15 @@ def test_each_compiled_repair_is_right_where_it_is_certain(part):
         certain += certain_and_right(answers, rounded(sums))
         asked += len(answers)
     for size_of_ties in TIES:
-        terms, expected = reference.hidden_ties(2, 200, *size_of_ties)
-        ones = torch.ones(terms.shape[1]).double().numpy()
+        ties, expected = reference.hidden_ties(2, 200, *size_of_ties)
+        ones = torch.ones(ties.shape[1]).double().numpy()
         work, errors = np.empty(ones.size + 40), np.empty(ones.size + 1)
-        sizes = (as_rows(terms, "terms").norms[0] * ones.size**0.5 * 1.01).tolist()
+        sizes = (as_rows(ties, "ties").norms[0] * ones.size**0.5 * 1.01).tolist()
         answers = [
             kernels._dot_quickly(row, ones, 0.0, size, work, errors)
             if part == "quickly"
             else kernels._dot_surely(row, ones, 0.0, 1.0, work)
-            for row, size in zip(terms.double().numpy(), sizes, strict=True)
+            for row, size in zip(ties.double().numpy(), sizes, strict=True)
         ]
         certain += certain_and_right(answers, expected)
         asked += len(answers)

@@ -198,7 +198,8 @@ def test_rows_that_are_not_finite_are_an_error_that_names_step_and_rows(run_conf
 
     def poison(rows, hooks=None):
         found = read(rows, hooks)
-        for index, row in enumerate(rows):
+        numbers = range(*rows.indices(len(reopened))) if isinstance(rows, slice) else rows
+        for index, row in enumerate(numbers):
             if row in poisoned:
                 found["blocks.1.mlp.hook_in"][index, 3] = torch.nan
         return found

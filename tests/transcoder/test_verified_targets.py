@@ -25,6 +25,8 @@ def test_a_store_of_the_model_is_proved(store):
     worst = proof["worst"]
     assert 0 <= worst["share_of_allowed"] < 0.5
     assert worst["difference"] == abs(worst["stored"] - worst["oracle"]) < 1e-4
+    assert proof["largest_difference"] >= worst["difference"]
+    assert proof["largest_ulp"] > 0
     read = store.read([worst["row"]], [worst["hook"]])[worst["hook"]][0]
     assert float(read[tuple(worst["at"])]) == worst["stored"]
     stored = hashlib.sha256()
@@ -46,7 +48,7 @@ def test_the_oracles_hash_is_that_of_its_own_activations(store, model):
 def test_an_exact_store_is_the_oracle_to_the_bit_and_one_bit_off_is_refused(capture, monkeypatch):
     store = capture(arithmetic="exact")
     proof = verified_targets(store, HOOKS, None, n_sequences=2, seed=0)
-    assert proof["values_that_differ"] == 0
+    assert (proof["values_that_differ"], proof["largest_difference"], proof["largest_ulp"]) == (0, 0.0, 0)
     assert proof["stored_sha256"] == proof["oracle_sha256"]
     spoil(store, monkeypatch, lambda value: torch.nextafter(value, torch.tensor(torch.inf)))
     with pytest.raises(StoreError, match=r"and rounding explains a difference of 0\.0e"):

@@ -6,6 +6,7 @@ from transcoder.kernels.autograd import (
     encode_selected,
     encode_topk,
     pre_activations,
+    row_errors,
     select_topk,
 )
 from transcoder.kernels.buffers import GradientBuffers
@@ -18,6 +19,7 @@ __all__ = [
     "pre_activations",
     "select_topk",
     "batch_topk",
+    "row_errors",
     "GradientBuffers",
     "plain_path",
 ]

@@ -113,6 +113,14 @@ def encode_topk(
     return encode_selected(x, W_enc, b_enc, selected, grads=grads), kept
 
 
+def row_errors(
+    y_hat: Float[Tensor, "layer batch d_model"], y: Float[Tensor, "layer batch d_model"]
+) -> Float[Tensor, "layer batch"]:
+    """Sum over d_model of the squared error of each row, differentiable in y_hat; no large temporary is kept."""
+    result: Tensor = _RowErrors.apply(y_hat, y.detach())
+    return result
+
+
 def select_topk(pre_acts: Float[Tensor, "batch feature"], k: int) -> SparseActs:
     """The k largest of each row, those that are positive or NaN, without gradient; see `encode_topk`."""
     result: SparseActs = kernels_for(pre_acts).select_topk(pre_acts.detach(), k)
@@ -191,6 +199,23 @@ class _Encode(torch.autograd.Function):
         given = x.contiguous(), W_enc.contiguous(), entries, *gradients, wants_x
         dx = ctx.kernels.encode_backward(*given)
         return None, None, dx, *returned, *(None for _ in value_grads)
+
+
+class _RowErrors(torch.autograd.Function):
+    """Arguments: the reconstruction and what it should be."""
+
+    @staticmethod
+    def forward(ctx: Any, y_hat: Tensor, y: Tensor) -> Tensor:
+        y_hat, y = y_hat.contiguous(), y.contiguous()
+        ctx.kernels = kernels_for(y_hat)
+        ctx.save_for_backward(y_hat, y)
+        result: Tensor = ctx.kernels.row_errors(y_hat, y)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return ctx.kernels.row_errors_backward(*ctx.saved_tensors, grad.contiguous()), None
 
 
 def _destinations(

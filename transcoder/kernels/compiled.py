@@ -216,6 +216,30 @@ def encode_backward(
     return dx
 
 
+def row_errors(
+    y_hat: Float[Tensor, "layer batch d_model"], y: Float[Tensor, "layer batch d_model"]
+) -> Float[Tensor, "layer batch"]:
+    """See `plain.row_errors`."""
+    sums = y_hat.new_empty(y_hat.shape[:2])
+    given, out = (_flat(y_hat), _flat(y), y.shape[2]), _flat(sums)
+    over_rows(lambda first, stop: loops.row_errors(*given, first, stop, out), sums.numel(), y.numel())
+    return sums
+
+
+def row_errors_backward(
+    y_hat: Float[Tensor, "layer batch d_model"],
+    y: Float[Tensor, "layer batch d_model"],
+    grad: Float[Tensor, "layer batch"],
+) -> Float[Tensor, "layer batch d_model"]:
+    """See `plain.row_errors_backward`."""
+    found = torch.empty_like(y_hat)
+    given, out = (_flat(y_hat), _flat(y), y.shape[2], _flat(grad)), _flat(found)
+    over_rows(
+        lambda first, stop: loops.row_error_gradients(*given, first, stop, out), grad.numel(), y.numel()
+    )
+    return found
+
+
 class Bits(NamedTuple):
     """Floats in memory, and the same as integers, whose order above zero is theirs."""
 

@@ -283,3 +283,31 @@ def sums_by_feature(out, fresh, starts, values):
         for entry in range(starts[feature], starts[feature + 1]):
             total += values[entry]
         out[feature] = total
+
+
+# Squared errors
+
+
+@compiled()
+@no_type_check
+def row_errors(a, b, n, first, stop, sums):
+    """Sum of squares of a - b in each row from `first` up to `stop`; a and b flat, rows of n."""
+    whole = n - n % STRIDE
+    difference = np.empty(n, a.dtype)
+    for row in range(first, stop):
+        for j in range(n):
+            difference[j] = a[row * n + j] - b[row * n + j]
+        total = _dot_lanes(difference, 0, difference, 0, whole, 0)
+        for j in range(whole, n):
+            total += difference[j] * difference[j]
+        sums[row] = total
+
+
+@compiled()
+@no_type_check
+def row_error_gradients(a, b, n, factors, first, stop, out):
+    """out = 2 * factor * (a - b), with a factor for each row."""
+    for row in range(first, stop):
+        factor = factors[row] + factors[row]
+        for j in range(row * n, row * n + n):
+            out[j] = factor * (a[j] - b[j])

@@ -87,6 +87,22 @@ def encode_backward(
     return torch.stack([_bags(acts.values, acts.indices, acts.offsets, table) for acts, table in tables])
 
 
+def row_errors(
+    y_hat: Float[Tensor, "layer batch d_model"], y: Float[Tensor, "layer batch d_model"]
+) -> Float[Tensor, "layer batch"]:
+    """Sum of squares of y_hat - y, of each row."""
+    return (y_hat - y).square().sum(2)
+
+
+def row_errors_backward(
+    y_hat: Float[Tensor, "layer batch d_model"],
+    y: Float[Tensor, "layer batch d_model"],
+    grad: Float[Tensor, "layer batch"],
+) -> Float[Tensor, "layer batch d_model"]:
+    """Gradient of y_hat from that of `row_errors`."""
+    return (y_hat - y).mul_(2 * grad[..., None])
+
+
 def select_topk(pre_acts: Float[Tensor, "batch feature"], k: int) -> SparseActs:
     """The k largest of each row, those that are positive or NaN; ties go to the lowest feature.
 
