@@ -62,7 +62,7 @@ class CaptureConfig:
     batch_size: int = 16
     """Sequences per forward pass; it changes native activations by rounding only, tokens and masks never."""
     shard_rows: int | None = None
-    """Rows of a shard file, and between commits, a multiple of 256; none takes 16,384. For a URL, memory holds three."""
+    """Rows of a shard file, and between commits, a multiple of 256; none takes 16,384. A URL keeps three in memory."""
     rank: int | None = None
     """Which of world_size processes this is, from 0; none takes RANK of torchrun, or 0."""
     world_size: int | None = None

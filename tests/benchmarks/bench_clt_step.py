@@ -61,7 +61,9 @@ class Weights(nn.Module):
 
         self.W_enc = draw(features**-0.5, layers, features, d)
         self.b_enc = nn.Parameter(torch.zeros(layers, features))
-        self.W_dec = nn.ParameterList(draw((layers * d) ** -0.5, features, layers - s, d) for s in range(layers))
+        self.W_dec = nn.ParameterList(
+            draw((layers * d) ** -0.5, features, layers - s, d) for s in range(layers)
+        )
         self.b_dec = nn.Parameter(torch.zeros(layers, d))
 
 
@@ -137,7 +139,7 @@ def plain_step(run: Run) -> Times:
 
 
 def sides_of(with_plain: bool) -> dict[str, Step]:
-    sides = {"dense": dense_step, "sparse": sparse_step}
+    sides: dict[str, Step] = {"dense": dense_step, "sparse": sparse_step}
     return {**sides, "plain": plain_step} if with_plain else sides
 
 
@@ -198,7 +200,9 @@ def test_the_benchmark_runs():
     """Behavioural, at a size that says nothing about speed."""
     found = measure(SMOKE, with_plain=True)
     assert set(found) == {"dense", "sparse", "plain"}
-    assert all({"tokens_per_s", "encode_s", "backward_s", "times_dense"} <= set(row) for row in found.values())
+    assert all(
+        {"tokens_per_s", "encode_s", "backward_s", "times_dense"} <= set(row) for row in found.values()
+    )
 
 
 @pytest.mark.benchmark
@@ -240,10 +244,13 @@ def main() -> None:
         sys.stdout.write(f"{case.n_features} features, batch {case.batch}, k {case.k}\n")
         for name, row in rows.items():
             parts = "  ".join(f"{key[:-2]} {value:.3f}" for key, value in row.items() if key.endswith("_s"))
-            sys.stdout.write(f"  {name:7} {row['tokens_per_s']:7.0f} tokens/s {row['times_dense']:6.2f}x  {parts}\n")
+            sys.stdout.write(
+                f"  {name:7} {row['tokens_per_s']:7.0f} tokens/s {row['times_dense']:6.2f}x  {parts}\n"
+            )
         memory = peak_memory(case) if options.memory else {}
         if memory:
-            sys.stdout.write(f"  peak {memory['peak_bytes'] / 1e9:.2f} GB, {memory['bytes_per_parameter']:.1f} B/parameter\n")
+            peak, each = memory["peak_bytes"] / 1e9, memory["bytes_per_parameter"]
+            sys.stdout.write(f"  peak {peak:.2f} GB, {each:.1f} B/parameter\n")
         results.append({**vars(case), "sides": rows, **memory})
     report = {
         "benchmark": "clt_step",

@@ -48,7 +48,7 @@ def decode(
     """
     _check_decode(acts, W_dec, b_dec)
     values = [a.values for a in acts]
-    result: Tensor = _Decode.apply([a.detach() for a in acts], grads, b_dec, *values, *W_dec)
+    result: Tensor = _Decode.apply([a.detach() for a in acts], grads, b_dec, *values, *W_dec)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -82,7 +82,7 @@ def encode_selected(
     if not len(selected) == len(x) == len(W_enc) == len(b_enc):
         counts = f"{len(selected)}, {len(x)}, {len(W_enc)} and {len(b_enc)}"
         raise DataError(f"selected, x, W_enc and b_enc must have as many layers as each other, got {counts}")
-    values = _Encode.apply(list(selected), grads, x, W_enc, b_enc, *(a.values.detach() for a in selected))
+    values = _Encode.apply(list(selected), grads, x, W_enc, b_enc, *(a.values.detach() for a in selected))  # type: ignore[no-untyped-call]
     return [acts.with_values(value) for acts, value in zip(selected, values, strict=True)]
 
 
@@ -117,7 +117,7 @@ def row_errors(
     y_hat: Float[Tensor, "layer batch d_model"], y: Float[Tensor, "layer batch d_model"]
 ) -> Float[Tensor, "layer batch"]:
     """Sum over d_model of the squared error of each row, differentiable in y_hat; no large temporary is kept."""
-    result: Tensor = _RowErrors.apply(y_hat, y.detach())
+    result: Tensor = _RowErrors.apply(y_hat, y.detach())  # type: ignore[no-untyped-call]
     return result
 
 

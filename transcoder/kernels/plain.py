@@ -35,7 +35,7 @@ def decode(
     for s, (acts, weight) in enumerate(zip(entries, W_dec, strict=True)):
         written = _bags(acts.values, acts.indices, acts.offsets, weight.detach().flatten(1))
         n_targets, d_model = weight.shape[1:]
-        out[s : s + n_targets] += written.unflatten(1, (n_targets, d_model)).transpose(0, 1)
+        out[s : s + n_targets] += written.unflatten(1, (n_targets, d_model)).transpose(0, 1)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -155,6 +155,5 @@ def _by_feature(acts: SparseActs, n_features: int, table: Tensor) -> Tensor:
 def _dots(acts: SparseActs, table: Tensor, x: Tensor) -> Tensor:
     """For each entry, the dot product of the table's row for its feature and of x's for its batch row."""
     step = max(1, CHUNK_ELEMENTS // max(1, x.shape[1]))
-    places = zip(acts.indices.split(step), acts.rows().split(step), strict=True)
+    places = zip(torch.split(acts.indices, step), torch.split(acts.rows(), step), strict=True)
     return torch.cat([(table[features] * x[rows]).sum(1) for features, rows in places])
-
