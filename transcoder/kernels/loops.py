@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -312,32 +311,3 @@ def row_error_gradients(a, b, n, factors, first, stop, out):
         factor = factors[row] + factors[row]
         for j in range(row * n, row * n + n):
             out[j] = factor * (a[j] - b[j])
-
-
-@compiled()
-@no_type_check
-def round_rows(x, n, first, stop, rounded, norms, slips):
-    """Round float32 rows to bfloat16, and tell the norm of each row and of what rounding changed.
-
-    Args:
-        rounded: Filled with the bits of the result.
-    """
-    whole = n - n % STRIDE
-    bits, change = np.empty(n, np.int32), np.empty(n, np.float32)
-    nearest = bits.view(np.float32)
-    source = x.view(np.int32)
-    for row in range(first, stop):
-        at = row * n
-        for j in range(n):
-            half_to_even = np.int32(0x7FFF) + ((source[at + j] >> 16) & np.int32(1))
-            bits[j] = (source[at + j] + half_to_even) & np.int32(-0x10000)
-            rounded[at + j] = np.int16(bits[j] >> 16)
-        for j in range(n):
-            change[j] = x[at + j] - nearest[j]
-        norm = _dot_lanes(x, at, x, at, whole, 0)
-        slip = _dot_lanes(change, 0, change, 0, whole, 0)
-        for j in range(whole, n):
-            norm += x[at + j] * x[at + j]
-            slip += change[j] * change[j]
-        norms[row] = np.sqrt(norm)
-        slips[row] = np.sqrt(slip)

@@ -24,17 +24,6 @@ LANES = 16
 GUESS = 0.8
 """Where to look for a row's largest, as a share of the smallest that was kept of the row before."""
 
-OF_VALUE = np.float32(0.0021)
-"""Relative error of a value rounded to bfloat16, 2^-9, with room for the rounding of what is added to it."""
-
-OF_BIAS = np.float32(2.0**-20)
-"""Room for the rounding of what is added to a bias."""
-
-TINY = np.float32(1e-30)
-"""More than what is lost where numbers too small to be normal count as zero."""
-
-JUST_BELOW = np.float32(1 - 2.0**-20)
-
 
 @compiled(inline="always")
 @no_type_check
@@ -119,24 +108,21 @@ def _list_above(x, start, n, limit, places):
 
 @compiled()
 @no_type_check
-def largest_of_rows(x, bits, infinity, magnitude, offsets, k, first, stop, indices, counts):
+def largest_of_rows(x, bits, infinity, magnitude, n, k, first, stop, indices, counts):
     """The places of the k largest of each row from `first` up to `stop`; ties go to the lowest place.
 
     A row is searched above a guess, from the row before; if fewer than k are there, above zero.
 
     Args:
-        x: Flat; a row goes from its offset to the next.
+        x: Flat, rows of n.
         bits: The same as integers.
         indices: Filled with the places in each row, ascending.
         counts: Filled with how many they are.
     """
     zero = x.dtype.type(0)
-    longest = 0
+    heap, places, guess = np.empty(k, bits.dtype), np.empty(n, np.int32), zero
     for row in range(first, stop):
-        longest = max(longest, offsets[row + 1] - offsets[row])
-    heap, places, guess = np.empty(k, bits.dtype), np.empty(longest, np.int32), zero
-    for row in range(first, stop):
-        start, n = offsets[row], offsets[row + 1] - offsets[row]
+        start = row * n
         listed = _list_above(x, start, n, guess, places)
         if listed < k and guess > 0:
             listed = _list_above(x, start, n, zero, places)
@@ -202,53 +188,3 @@ def keep_first(keys, threshold, ties, offsets, kept, counts):
                 ties -= 1
             found += kept[i]
         counts[row] = found
-
-
-@compiled()
-@no_type_check
-def list_candidates(
-    approximate, bias, scales, slips, row_scales, row_slips, k, n, first, stop, counts, places
-):
-    """The places in each row that may be among its k largest, given what is known of the values; see `screening`.
-
-    Args:
-        approximate: Products of rounded factors, rounded to bfloat16, as its bits; flat, rows of n.
-        scales: Norm of each column's factor, with all margins; `row_scales` that of each row's.
-        slips: How far rounding moved each column's factor, with all margins; `row_slips` each row's.
-        places: Filled row by row.
-        counts: Filled with how many of each row.
-
-    Returns:
-        How many in all; -1 if `places` has no room for them.
-    """
-    bits = np.empty(n, np.int32)
-    value = bits.view(np.float32)
-    lower, upper, listed = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.int32)
-    zero = np.float32(0)
-    heap, guess, total = np.empty(k, np.float32), zero, 0
-    for row in range(first, stop):
-        for j in range(n):
-            bits[j] = np.int32(approximate[row * n + j]) << 16
-        scale, slip = row_scales[row], row_slips[row]
-        for j in range(n):
-            middle = value[j] + bias[j]
-            slack = slip * scales[j] + scale * slips[j]
-            slack += OF_VALUE * abs(value[j]) + OF_BIAS * abs(bias[j]) + TINY
-            lower[j] = middle - slack
-            upper[j] = middle + slack
-        found = _list_above(lower, 0, n, guess, listed)
-        if found < k and guess > 0:
-            found = _list_above(lower, 0, n, zero, listed)
-        heap[:] = 0
-        for place in listed[:found]:
-            if lower[place] > heap[0]:
-                _replace_root(heap, lower[place])
-        guess = np.float32(GUESS) * heap[0]
-        # k values are at heap[0] or above, so what is surely below is not among the largest.
-        found = _list_above(upper, 0, n, heap[0] * JUST_BELOW, listed)
-        if total + found > places.size:
-            return -1
-        places[total : total + found] = listed[:found]
-        counts[row] = found
-        total += found
-    return total
