@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import no_type_check
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
