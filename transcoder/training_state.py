@@ -3,18 +3,21 @@
     checkpoints/run.json            whose run it is: config, store, versions; there from its start
     checkpoints/step-00000500/
         state.json                  step, metrics since the last line, where the schedules and the data order are,
-                                    hashes of the store and of the normalisation, the transcoder's shape, the proof
-        tensors/                    by torch.distributed.checkpoint: weights, normalisation, Adam's moments, counters of
-                                    rows without activity, hashes of the training text
+                                    hashes of the store and of the normalisation, the transcoder's shape, the proof,
+                                    and the SHA-256 of every file of tensors
+        tensors/                    by torch.distributed.checkpoint, as safetensors: weights, normalisation, Adam's
+                                    moments, counters of rows without activity, hashes of the training text
 
 A state is written beside its place and renamed into it as a whole when it is on disk: there or not, never in part.
+torch.distributed.checkpoint's own format keeps its index as a pickle, which whoever gave the file could make run
+anything; in safetensors there is none.
 """
 
 # Axes: none; tensors are named
 
 from __future__ import annotations
 
-import pickle
+import hashlib
 import re
 import shutil
 import warnings
@@ -24,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mdlm_interp.atomic_files import PREFIX, replacing_directory
@@ -37,17 +41,9 @@ from transcoder.checkpoint import read_json, write_json
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 TENSORS = "tensors"
-DAMAGED = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    EOFError,
-    pickle.PickleError,
-)
-"""What pickle, zipfile and torch raise on files that are not what was written."""
+HASHES = "tensors_sha256"
+DAMAGED = (OSError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, SafetensorError)
+"""What safetensors and torch raise on files that are not what was written."""
 
 
 def save_training_state(
@@ -64,9 +60,15 @@ def save_training_state(
     with replacing_directory(final) as partial:
         with _plain_errors():
             state_dict_saver.save(
-                {name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=partial / TENSORS
+                {name: tensor.detach() for name, tensor in tensors.items()},
+                storage_writer=HuggingFaceStorageWriter(
+                    str(partial / TENSORS),
+                    # A file a tensor: torch serialises a file's tensors together in memory.
+                    fqn_to_index_mapping={name: number for number, name in enumerate(tensors, 1)},
+                    save_distributed=True,
+                ),
             )
-        write_json(partial / STATE, state)
+        write_json(partial / STATE, {**state, HASHES: _sha256_of_files(partial / TENSORS)})
     for leftover in final.parent.glob(f"{PREFIX}step-*"):
         shutil.rmtree(leftover)
     for older in training_states(out)[:-keep]:
@@ -93,17 +95,33 @@ def load_training_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, A
     """
     state = read_json(directory / STATE)
     try:
+        found = _sha256_of_files(directory / TENSORS)
+        wrong = sorted(
+            name for name in {*found, *state[HASHES]} if found.get(name) != state[HASHES].get(name)
+        )
+        if wrong:
+            raise ValueError(f"{TENSORS}/{wrong[0]} is not the file that was written")
         with _plain_errors():
-            metadata = FileSystemReader(directory / TENSORS).read_metadata().state_dict_metadata
+            reader = HuggingFaceStorageReader(str(directory / TENSORS))
+            metadata = reader.read_metadata().state_dict_metadata
             tensors: dict[str, Tensor] = {
                 name: torch.empty(entry.size, dtype=entry.properties.dtype)
                 for name, entry in metadata.items()
                 if isinstance(entry, TensorStorageMetadata)
             }
-            state_dict_loader.load(tensors, checkpoint_id=directory / TENSORS)
+            state_dict_loader.load(tensors, storage_reader=reader)
     except DAMAGED as error:
         raise damaged_state(directory, error) from None
     return tensors, state
+
+
+def _sha256_of_files(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file in a directory, by name."""
+    hashes = {}
+    for path in sorted(directory.iterdir()):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def damaged_state(directory: Path, error: Exception) -> CheckpointError:

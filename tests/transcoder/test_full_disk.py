@@ -28,7 +28,7 @@ def test_training_on_a_full_disk_is_one_line_and_the_same_command_finishes_later
 ):
     out = tmp_path / "clt"
     command = [*map(str, ["clt", "train", store.path, "--out", out, "--train.steps", "4"]), *SMALL]
-    with full_disk(20_000):
+    with full_disk(5_000):
         assert main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

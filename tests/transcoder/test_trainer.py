@@ -176,20 +176,26 @@ def test_a_damaged_state_is_one_line(run_config, stop_at):
         train(run_config)
     state = run_config.out / "checkpoints" / "step-00000005"
     whole = (state / "state.json").read_text()
-    (state / "state.json").write_text('{"step": 5}')
-    with pytest.raises(
-        CheckpointError, match=r"step-00000005 is damaged \(KeyError: 'provenance'\); restore it"
-    ):
-        train(run_config)
-    (state / "state.json").write_text(whole)
-    (file,) = (state / "tensors").glob("*.distcp")
-    content = file.read_bytes()
-    for damaged in (content[: len(content) // 2], b""):
-        file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(\w+: .*\); restore it"):
+    for key in ("provenance", "tensors_sha256"):
+        kept = {name: value for name, value in json.loads(whole).items() if name != key}
+        (state / "state.json").write_text(json.dumps(kept))
+        with pytest.raises(
+            CheckpointError, match=rf"step-00000005 is damaged \(KeyError: '{key}'\); restore"
+        ):
             train(run_config)
-    (state / "tensors" / ".metadata").write_bytes(b"no pickle")
-    with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(\w+: .*\); restore it"):
+    (state / "state.json").write_text(whole)
+    files = sorted((state / "tensors").iterdir())
+    assert {file.suffix for file in files} == {".safetensors"}  # nothing that could run on reading
+    content = files[-1].read_bytes()
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    for damaged in (content[: len(content) // 2], b"", flipped):
+        files[-1].write_bytes(damaged)
+        with pytest.raises(
+            CheckpointError, match=r"step-00000005 is damaged \(ValueError: tensors/shard-.* is not the file"
+        ):
+            train(run_config)
+    files[-1].unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(ValueError: tensors/shard-"):
         train(run_config)
 
 
