@@ -15,7 +15,7 @@ from transcoder.run import train
 from transcoder.training_log import append_entry, read_log
 from transcoder.training_state import latest_training_state, save_training_state
 
-SMALL = ["--n-features", "32", "--k", "4", "--train.batch-size", "64", "--train.log-every", "2"]
+SMALL = ["--n-features", "256", "--k", "4", "--train.batch-size", "64", "--train.log-every", "2"]
 
 
 def same_weights(a, b):
@@ -28,7 +28,7 @@ def test_training_on_a_full_disk_is_one_line_and_the_same_command_finishes_later
 ):
     out = tmp_path / "clt"
     command = [*map(str, ["clt", "train", store.path, "--out", out, "--train.steps", "4"]), *SMALL]
-    with full_disk(5_000):
+    with full_disk(20_000):
         assert main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
