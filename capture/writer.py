@@ -31,7 +31,7 @@ from capture.metadata import grow
 from capture.places import Draft, Place
 from capture.shards import ShardEncoder, column_chunk, shard_digest
 from capture.stages import Stage
-from capture.statistics import RunningMoments
+from capture.statistics import RunningMoments, Strata
 from mdlm_interp.errors import StoreError
 
 WAITING_BATCHES = 2
@@ -169,12 +169,13 @@ class StoreWriter:
 
     def _take(self, shard: OpenShard, rows: Rows, part: slice) -> None:
         is_masked = rows.columns["is_masked"][part]
+        strata = Strata.of(is_masked, rows.t[part], rows.columns["seq"][part])
         for hook, encoder in shard.encoders.items():
             acts = rows.acts[hook][part]
             self._check(hook, acts, len(is_masked))
             values = acts.contiguous().numpy()
             before = shard.moments[hook].finite
-            shard.moments[hook].add(values, is_masked, rows.t[part], rows.columns["seq"][part])
+            shard.moments[hook].add(values, strata)
             if not (before and shard.moments[hook].finite):
                 shard.not_finite += int(np.count_nonzero(~np.isfinite(values)))
             shard.drafts[hook].write(encoder.encode(stored(acts, self._layout.dtype, hook)))

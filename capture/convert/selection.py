@@ -22,7 +22,7 @@ from torch import Tensor
 
 from capture import schema
 from capture.reader import ActivationStore
-from capture.statistics import RunningMoments
+from capture.statistics import RunningMoments, Strata
 from mdlm_interp.errors import ConfigError, StoreError
 from mdlm_interp.hooks import select_names
 
@@ -139,9 +139,8 @@ class Selection:
         for start in range(*self.rows, step):
             rows = slice(start, min(start + step, self.rows[1]))
             acts, coords = self.store.read(rows, hook)[hook], self.store.coords(rows)
-            moments.add(
-                *(values.numpy() for values in (acts, coords["is_masked"], coords["t"], coords["seq"]))
-            )
+            strata = Strata.of(*(coords[name].numpy() for name in ("is_masked", "t", "seq")))
+            moments.add(acts.numpy(), strata)
         return moments.arrays()
 
     def _not_finite(self) -> int:

@@ -2,8 +2,8 @@
 
 1. capture: `Forward` and `StoreWriter` as `run_capture` uses them, durable and checksummed, on the default
    disk; each side a fixed number of batches, in turns, the median of the rounds.
-2. bare: the same model over the same batches with nobody listening; once as far as the last recorded block,
-   which is what a capture runs, and once to the logits.
+2. bare: the same model over the same batches with nobody listening: the forward pass to the logits, and the
+   shorter one to the last recorded block, which is what a capture runs.
 3. raw: the same bytes appended to plain files, 1 MiB a write, and fsynced.
 4. commit: seconds from the last data on disk to the manifest that lists it.
 
@@ -37,11 +37,20 @@ from capture.places import Directory
 from capture.plan import Batch, PlannedSequence
 from capture.run import batch_rows
 from capture.writer import StoreWriter
+from mdlm_interp.__main__ import wait_politely
 from mdlm_interp.config import MDLMConfig
 from mdlm_interp.documents import StreamPosition, TokenBlock
 from mdlm_interp.model import HookedMDLM
 
-STREAMS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+STREAMS = (
+    "mlp.hook_in",
+    "hook_mlp_out",
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+)
+"""A transcoder's inputs and targets first: of 12 blocks these are 24 hook points."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ SMOKE = Case(
 CASES = {
     "bundled": Case(
         MDLMConfig(vocab_size=4096, model_length=128, hidden_dim=192, cond_dim=128, n_blocks=5, n_heads=6),
-        batch=16, length=128, batches=24,
+        batch=16, length=128, batches=64,
     ),
     "full": Case(MDLMConfig(), batch=4, length=1024, batches=4),
 }  # fmt: skip
@@ -80,13 +89,10 @@ def built(config: MDLMConfig) -> HookedMDLM:
 
 
 def recorded(model: HookedMDLM, count: int) -> list[str]:
-    """That many hook points of the residual stream, spread over the blocks as they come."""
-    names = [
-        name
-        for name in model.hook_names
-        if name.rpartition(".")[2] in STREAMS or name.endswith("mlp.hook_in")
-    ]
-    return names[:count]
+    """That many hook points, stream after stream, in execution order."""
+    blocks = range(model.config.n_blocks)
+    names = [f"blocks.{block}.{stream}" for stream in STREAMS for block in blocks][:count]
+    return sorted(names, key=model.hook_names.index)
 
 
 def planned(case: Case) -> Iterator[Batch]:
@@ -231,6 +237,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    before = dict(os.environ)
+    wait_politely()
+    if os.environ != before:  # as the command line does it, which is before torch starts its threads
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         figures = measure(CASES[options.case], Path(folder), options.rounds)
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")

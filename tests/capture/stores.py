@@ -19,7 +19,7 @@ from capture import schema
 from capture.manifest import Manifest, ResumePoint, Shard, rank_manifest, to_bytes
 from capture.places import Directory
 from capture.schema import Layout, StoredType
-from capture.statistics import RunningMoments
+from capture.statistics import RunningMoments, Strata
 
 MLP, HEADS, SCALE = "blocks.1.hook_mlp_out", "blocks.0.attn.hook_z", "ln_final.hook_scale"
 HOOKS = {HEADS: (2, 3), MLP: (5,), SCALE: (1,)}
@@ -231,8 +231,9 @@ def _moments(
 ) -> dict[str, RunningMoments]:
     part = slice(*rows)
     found = {hook: RunningMoments(shape) for hook, shape in shapes.items()}
+    strata = Strata.of(columns["is_masked"][part], t[part], columns["seq"][part])
     for hook, moments in found.items():
-        moments.add(acts[hook][part], columns["is_masked"][part], t[part], columns["seq"][part])
+        moments.add(acts[hook][part], strata)
     return found
 
 

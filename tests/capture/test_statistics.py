@@ -8,10 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture import run_capture
-from capture.statistics import RunningMoments
+from capture.statistics import RunningMoments, Strata
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 2**32 - 1), st.integers(1, 3))
+@given(
+    st.lists(st.integers(1, 40) | st.integers(250, 600), min_size=1, max_size=6),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 3),
+)
 def test_the_batches_do_not_enter(lengths, seed, at_once):
     generator = np.random.default_rng(seed)
     total = sum(lengths)
@@ -20,10 +24,10 @@ def test_the_batches_do_not_enter(lengths, seed, at_once):
     seq = np.repeat(np.arange(len(lengths)), lengths)
     t = generator.random(len(lengths))[seq]
     whole, parts = RunningMoments((2, 3)), RunningMoments((2, 3))
-    whole.add(values, masked, t, seq)
+    whole.add(values, Strata.of(masked, t, seq))
     for first in range(0, len(lengths), at_once):
         part = (seq >= first) & (seq < first + at_once)
-        parts.add(values[part], masked[part], t[part], seq[part])
+        parts.add(values[part], Strata.of(masked[part], t[part], seq[part]))
     for name, expected in whole.arrays().items():
         assert np.array_equal(parts.arrays()[name], expected, equal_nan=True), name
 
@@ -34,7 +38,7 @@ def test_means_are_those_of_float64(rows, seed):
     values = (generator.normal(size=(rows, 5)) * 10.0 ** generator.integers(-3, 4)).astype(np.float32)
     masked, t = generator.random(rows) < 0.5, np.full(rows, 0.37)
     moments = RunningMoments((5,))
-    moments.add(values, masked, t, np.zeros(rows, np.int64))
+    moments.add(values, Strata.of(masked, t, np.zeros(rows, np.int64)))
     found = moments.arrays()
     for which, group in enumerate((~masked, masked)):
         assert found["count"][which, 3] == group.sum()
@@ -50,7 +54,7 @@ def test_means_are_those_of_float64(rows, seed):
 def test_the_last_time_falls_in_the_last_bin():
     moments = RunningMoments((1,))
     times = np.array([1.0, 0.0, 0.1])
-    moments.add(np.ones((3, 1), np.float32), np.array([True, False, False]), times, np.arange(3))
+    moments.add(np.ones((3, 1), np.float32), Strata.of(np.array([True, False, False]), times, np.arange(3)))
     count, mean = moments.arrays()["count"], moments.arrays()["mean"]
     assert (count[1, 9], count[0, 0], count[0, 1], count.sum()) == (1, 1, 1, 3)
     assert np.array_equal(np.isnan(mean[..., 0]), count == 0)
