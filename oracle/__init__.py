@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mdlm_interp.lazy_exports import lazily
+
 # Not lazy: the function has its module's name, which a later import of the module would otherwise take.
 from oracle.compare import Difference, compare, ulp_distance
 
@@ -19,6 +21,29 @@ if TYPE_CHECKING:
     from oracle.oracle import Oracle
     from oracle.paths import plain_path
     from oracle.sampling import exact_sample
+else:
+    _MODULES = {"ops", "fingerprint", "golden"}
+    _load, _names = lazily(
+        __name__,
+        {
+            "Oracle": "oracle.oracle",
+            "ExactArithmetic": "oracle.arithmetic",
+            "Fingerprint": "oracle.fingerprint",
+            "tensor_digest": "oracle.fingerprint",
+            "exact_sample": "oracle.sampling",
+            "plain_path": "oracle.paths",
+            "ExactError": "oracle.errors",
+            "GoldenError": "oracle.errors",
+            "UntrustedMachineError": "oracle.errors",
+        },
+    )
+
+    def __getattr__(name: str) -> object:
+        return import_module(f"oracle.{name}") if name in _MODULES else _load(name)
+
+    def __dir__() -> list[str]:
+        return sorted({*_names(), *_MODULES})
+
 
 __all__ = [
     "Oracle",
@@ -37,28 +62,3 @@ __all__ = [
     "compare",
     "ulp_distance",
 ]
-
-_MODULES = {"ops", "fingerprint", "golden"}
-_HOMES = {
-    "Oracle": "oracle.oracle",
-    "ExactArithmetic": "oracle.arithmetic",
-    "Fingerprint": "oracle.fingerprint",
-    "tensor_digest": "oracle.fingerprint",
-    "exact_sample": "oracle.sampling",
-    "plain_path": "oracle.paths",
-    "ExactError": "oracle.errors",
-    "GoldenError": "oracle.errors",
-    "UntrustedMachineError": "oracle.errors",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return import_module(f"oracle.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -93,16 +93,20 @@ def silu(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     return _in_pieces(x, silu_float64)
 
 
+def softmax_float64(scores: Float64[Tensor, "row n"]) -> Float64[Tensor, "row n"]:
+    """Probabilities before they are rounded to float32; denominators from exact integer sums."""
+    numerators = exp_(scores - scores.amax(-1, keepdim=True))
+    total = exact_total((numerators * 2.0**SOFTMAX_BITS).add_(RINT).sub_(RINT)).mul_(2.0**-SOFTMAX_BITS)
+    return numerators.mul_(torch.ones_like(total) / total)
+
+
 def softmax(scores: Float32[Tensor, "*rows cols"]) -> Float32[Tensor, "*rows cols"]:
-    """Over the last axis, denominators from exact integer sums."""
+    """Over the last axis."""
     source = scores.detach().reshape(-1, scores.shape[-1])
     out = torch.empty_like(source, memory_format=torch.contiguous_format)
     step = max(1, _piece(scores.device) // max(1, source.shape[1]))
     for i in range(0, source.shape[0], step):
-        row = source[i : i + step]
-        numerators = exp_(row.double().sub_(row.amax(-1, keepdim=True).double()))
-        total = exact_total((numerators * 2.0**SOFTMAX_BITS).add_(RINT).sub_(RINT)).mul_(2.0**-SOFTMAX_BITS)
-        out[i : i + step] = numerators.mul_(torch.ones_like(total) / total)
+        out[i : i + step] = softmax_float64(source[i : i + step].double())
     return out.add_(0.0).reshape(scores.shape)
 
 
@@ -131,6 +135,11 @@ def rsqrt(v: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
     return y
 
 
+def scale_float64(centred: Float64[Tensor, "row d"]) -> Float64[Tensor, "row 1"]:
+    """LayerNorm's 1 / sqrt(variance + 1e-5) before it is rounded to float32."""
+    return rsqrt(mean(centred * centred).add_(EPS))
+
+
 def layer_norm(
     x: Float32[Tensor, "*rows d"],
     weight: Float32[Tensor, " d"],
@@ -146,7 +155,7 @@ def layer_norm(
         centred = source[i : i + step].double()
         centred.sub_(mean(centred))
         if scale is None:
-            scales[i : i + step] = rsqrt(mean(centred * centred).add_(EPS))
+            scales[i : i + step] = scale_float64(centred)
         out[i : i + step] = centred.mul_(scales[i : i + step].double()).mul_(weights)
     return out.add_(0.0).reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
 

@@ -201,6 +201,13 @@ def rsqrt(v):
     return y
 
 
+@compiled(inline="always")
+@no_type_check
+def scale_float64(squares, top):
+    """From a row of squares whose largest has the bits `top`."""
+    return rsqrt(mean(squares, top) + EPS)
+
+
 @compiled()
 @no_type_check
 def layer_norm(x, weight, scale, given, work, start, stop, out):
@@ -222,7 +229,7 @@ def layer_norm(x, weight, scale, given, work, start, stop, out):
             squares[j] = v
             top = max(top, float_bits(v))
         if not given:
-            scale[i] = single(rsqrt(mean(squares, top) + EPS))
+            scale[i] = single(scale_float64(squares, top))
         s = np.float64(scale[i])
         for j in range(work.size):
             v = single((work[j] * s) * np.float64(weight[j]))

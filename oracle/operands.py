@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oracle.errors import ExactError
+from oracle.recipes import MAX_SUM_TERMS
 
 
 def require_fit(operation: str, **operands: tuple[Tensor | None, str]) -> None:
@@ -71,6 +72,14 @@ def broadcast_shape(operation: str, own_axes: int = 0, **operands: Tensor) -> to
         raise ExactError(
             f"{operation}: {which} must broadcast to one, got {shapes_of(**operands)}; expand or slice one of them"
         ) from None
+
+
+def require_length(n: int, operation: str) -> None:
+    """Raise ExactError unless a row of so many values has an exact sum."""
+    if not 1 <= n <= MAX_SUM_TERMS:
+        raise ExactError(
+            f"{operation}: rows must have 1 to {MAX_SUM_TERMS} values for their sums to be exact, got {n}"
+        )
 
 
 def require_tensor(operation: str, name: str, value: object) -> None:

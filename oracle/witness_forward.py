@@ -1,10 +1,10 @@
-"""The forward pass, fingerprints and sampling of oracle/SPEC.md, made of the operations in `witness`.
+"""The forward pass, and its fingerprint of oracle/SPEC.md, made of the operations in `witness`.
 
 Weights are NumPy arrays under a published checkpoint's names, so a torch model is handed over as
 `{name: tensor.numpy() for name, tensor in model.state_dict().items()}`.
 
 Source:
-    oracle/SPEC.md, sections 4 to 6.
+    oracle/SPEC.md, sections 4 and 5.
 """
 
 # Axes: batch, pos, d (hidden_dim), c (cond_dim), half (d_head / 2), vocab
@@ -18,17 +18,17 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mdlm_interp.config import TIME_FEATURES, MDLMConfig
+from mdlm_interp.config import MDLMConfig
 from mdlm_interp.errors import CheckpointError, DataError, HookError, nearest
-from mdlm_interp.randomness import random_bits
 from mdlm_interp.shapes import Float32, Int64
 from oracle import witness as ops
-from oracle.witness import F32
-from oracle.witness_rounding import log32
+from oracle.witness_blocks import F32
 
 I64: TypeAlias = NDArray[np.int64]
 Edits: TypeAlias = "Mapping[str, Callable[[F32], F32]]"
 """Hook name to a function that returns what replaces the value there."""
+
+TIME_FEATURES = 256
 
 SIX = ("shift_attn", "scale_attn", "gate_attn", "shift_mlp", "scale_mlp", "gate_mlp")
 
@@ -173,72 +173,3 @@ def fingerprint(activations: Mapping[str, F32], logits: F32) -> str:
     lines = [f"{name} {digest(name, tensor)}\n" for name, tensor in activations.items()]
     text = "".join(["mdlm-interp exact 1\n", *lines, f"logits {digest('logits', logits)}\n"])
     return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-# Sampling (section 6)
-
-
-def draw_weights(logits: Float32[F32, " vocab"], excluded: int, temperature: float) -> list[int]:
-    """The integer weight of every token at a temperature above zero; the excluded token's is 0."""
-    if not 0.0 < temperature < np.inf:
-        raise DataError(f"a temperature must be positive and finite, got {temperature}; 0 has no weights")
-    wide = ops.widen(logits)
-    allowed = np.arange(wide.size) != excluded
-    m = wide[allowed].max()
-    with np.errstate(over="ignore"):  # a quotient beyond binary64 has weight 0, as EXP gives it
-        e = ops.exp((np.where(allowed, wide, m) - m) / temperature)
-    return [int(w) if keep else 0 for w, keep in zip(np.rint(np.ldexp(e, 42)), allowed, strict=True)]
-
-
-def draw(logits: Float32[F32, " vocab"], excluded: int, temperature: float, word: int) -> int:
-    """The token that a 64-bit word picks from a row of logits."""
-    if temperature == 0.0:
-        values: list[float] = ops.widen(logits).tolist()
-        best = max(value for token, value in enumerate(values) if token != excluded)
-        return next(token for token, value in enumerate(values) if token != excluded and value == best)
-    weights = draw_weights(logits, excluded, temperature)
-    target = word * sum(weights) >> 64
-    cumulative = 0
-    for token, weight in enumerate(weights):
-        cumulative += weight
-        if cumulative > target:
-            return token
-    raise AssertionError("the target is below the sum of all weights")
-
-
-def sigma_of(masked: int, length: int) -> float:
-    """The noise level that a time-conditioned model reads when `masked` of `length` tokens are masked."""
-    if not 0 <= masked <= length or length < 1:
-        raise DataError(f"masked must be in [0, length], got {masked} of {length}")
-    return log32(1000 * length, 1000 * length - 999 * masked)
-
-
-def reverse_process(
-    weights: Mapping[str, F32],
-    config: MDLMConfig,
-    ids: Int64[I64, " pos"],
-    *,
-    n_steps: int,
-    seed: int,
-    sequence: int = 0,
-    temperature: float = 1.0,
-) -> Int64[I64, " pos"]:
-    """One sequence with its masked tokens drawn in n_steps steps.
-
-    Args:
-        sequence: The sequence's number, on which its random words depend.
-        temperature: 0 takes the likeliest token.
-    """
-    length, ids = len(ids), ids.copy()
-    for step in range(n_steps):
-        masked = [p for p in range(length) if ids[p] == config.mask_id]
-        if not masked:
-            break
-        sigma = np.array([sigma_of(len(masked), length)], dtype=np.float32)
-        logits, _ = forward(weights, config, ids[None], sigma)
-        reveal = random_bits(seed, f"reveal:{step}", sequence, length)
-        words = random_bits(seed, f"token:{step}", sequence, length)
-        for p in masked:
-            if int(reveal[p]) * (n_steps - step) < 1 << 64:
-                ids[p] = draw(logits[0, p], config.mask_id, temperature, int(words[p]))
-    return ids

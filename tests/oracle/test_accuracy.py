@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdlm_interp import HookedMDLM, MDLMConfig
 from oracle import Oracle
 from tests.mdlm_interp.test_golden import build, load_golden
 
@@ -34,9 +35,27 @@ def test_exact_logits_are_at_least_twice_as_close_to_float64_as_native_ones(name
     assert float(exact.max()) < 5e-6
 
 
+@pytest.mark.slow
+def test_exact_logits_are_at_least_twice_as_close_to_float64_at_full_size():
+    """Bounded, as above: the published model's width, depth and heads with random weights, 1,024 tokens."""
+    model = HookedMDLM(MDLMConfig(vocab_size=2000)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if ".norm" in name else 0.0, 0.05, generator=generator)
+        ids = torch.randint(0, 2000, (1, 1024), generator=generator)
+        native = model(ids)
+        exact = Oracle(model, cache_bytes=0).logits(ids)
+        wide = model.double()(ids)
+    exact_error, native_error = (exact - wide).abs(), (native - wide).abs()
+    assert float(exact_error.square().mean().sqrt()) < 0.5 * float(native_error.square().mean().sqrt())
+    assert float(exact_error.max()) < 0.5 * float(native_error.max())
+
+
 MEMORY = """
 import re, sys, torch
 from pathlib import Path
+from mdlm_interp import HookedMDLM, MDLMConfig
 from mdlm_interp import HookedMDLM, MDLMConfig
 from oracle import Oracle
 torch.set_num_threads(1)

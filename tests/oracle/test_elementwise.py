@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from oracle import elementwise, ops, plain_path, witness
+from oracle import elementwise, ops, plain_path, witness, witness_blocks
 from oracle.recipes import EXP_COEFFICIENTS, GELU_CUBE, GELU_LINE, LOG2E
 from tests.oracle import exact_reference as reference
 from tests.oracle.exact_reference import same_bits
@@ -136,7 +136,7 @@ def test_sums_products_and_modulation_have_the_bits_of_the_witness(path):
 def test_rotation_has_the_bits_of_the_witness(path):
     x = reference.draw(5, (2, 6, 3, 10), -30, 30)
     cos, sin = ops.rotary_tables(torch.tensor([1.0, 0.5, 0.1, 0.01, 0.001]), 6)
-    for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2), x.double().float()[..., :]):
+    for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2), torch.stack((x, -x), -1)[..., 0]):
         assert same_bits(ops.rotate(given, cos, sin), from_witness(witness.rotate, x, cos, sin))
 
 
@@ -214,6 +214,54 @@ def test_values_do_not_depend_on_where_they_stand(path):
     assert same_bits(ops.gelu_tanh(x[::3]), whole[::3])
     for i in (0, 5, 4000, x.numel() - 1):
         assert same_bits(ops.gelu_tanh(x[i : i + 1]), whole[i : i + 1])
+
+
+# Exact, before anything is rounded to float32, which hides all but a few in a million differences of float64
+
+
+def softmax_by_definition(row: np.ndarray) -> list[float]:
+    """SPEC's e times r, with the witness's EXP and Python's integers."""
+    e = witness_blocks.exp(row - row.max())
+    total = sum(map(int, np.rint(e * 2.0**42).tolist()))
+    r = 1.0 / (float(total) * 2.0**-42)
+    return [value * r for value in e.tolist()]
+
+
+@pytest.mark.parametrize("cols", [1, 3, 100, 3000])
+def test_softmax_has_the_bits_of_its_definition_before_rounding(cols, path):
+    scores = reference.draw(cols, (20, cols), -4, 4).double()
+    if path == "plain":
+        found = elementwise.softmax_float64(scores.clone()).tolist()
+    else:
+        from oracle import kernels
+
+        found, work = [], np.empty(cols)
+        for row in scores.float().numpy():
+            factor, _ = kernels.numerators(row, work)
+            found.append((work * factor).tolist())
+    assert found == [softmax_by_definition(row) for row in scores.numpy()]
+    # The control: torch's exp gives other bits, and so does dividing by the sum.
+    if cols == 3000:
+        assert found != scores.softmax(-1).tolist()
+
+
+@pytest.mark.parametrize("d", [1, 5, 768])
+def test_the_scale_of_a_norm_has_the_bits_of_its_definition_before_rounding(d, path):
+    x = reference.draw(d, (200, d), -6, 6).double().numpy()
+    centred = x - witness_blocks.mean(x)
+    squares = centred * centred
+    expected = witness_blocks.rsqrt(witness_blocks.mean(squares) + witness_blocks.EPS)
+    if path == "plain":
+        found = elementwise.scale_float64(torch.from_numpy(centred)).numpy()
+    else:
+        from oracle import kernels
+
+        tops = squares.max(-1).view(np.int64)
+        found = np.array([[kernels.scale_float64(row, top)] for row, top in zip(squares, tops, strict=True)])
+    assert found.tobytes() == expected.tobytes()
+    # The control: a square root and a quotient, each correctly rounded, give other bits.
+    if d > 1:
+        assert found.tobytes() != (1.0 / np.sqrt(witness_blocks.mean(squares) + witness_blocks.EPS)).tobytes()
 
 
 # Bounded: how far the recipes are from the functions they stand for
@@ -307,7 +355,7 @@ def test_torch_s_own_kernels_give_other_bits(name, replacement):
 
 def test_exp_has_the_bits_of_the_witness_before_any_rounding_and_torch_s_has_not():
     x = torch.cat((torch.linspace(-800, 800, 4001), sweep().clamp(-800, 800))).double()
-    expected = from_witness(witness.exp, x)
+    expected = from_witness(witness_blocks.exp, x)
     assert torch.equal(elementwise.exp_(x.clone()), expected)
     assert not torch.equal(x.clamp(-708, 709).exp(), expected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from mdlm_interp.errors import HookError
 from oracle import ExactError, Oracle, golden
 from tests.oracle.exact_reference import same_bits
+from tests.test_imports import LIGHT, top_level_names_outside
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,6 +95,30 @@ def test_the_names_of_the_issue_are_there_after_a_plain_import():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_it_computes_with_torch_numpy_and_safetensors_only():
+    """Exact: the golden fingerprint where nothing else can be imported, numba included."""
+    code = (
+        "import json, sys\n"
+        # None, not a finder that raises: torch asks whether some modules are there.
+        "sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))\n"
+        "import oracle\n"
+        "model, (ids, sigma) = oracle.golden.synthetic_model(), oracle.golden.synthetic_inputs()\n"
+        "print(oracle.Oracle(model).fingerprint(ids, timesteps=sigma))\n"
+        "print(oracle.exact_sample(oracle.Oracle(model), ids[:1], steps=2).shape[1])\n"
+        "import numba\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(top_level_names_outside(LIGHT))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert "import of numba halted" in result.stderr
+    file = next(file for file in golden.packaged_goldens() if file.stem == "synthetic")
+    assert result.stdout.split() == [golden.load(file)["fingerprint"], "24"]
 
 
 def test_dropout_never_happens(inputs):

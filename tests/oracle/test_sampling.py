@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+import tqdm
 
 from mdlm_interp.errors import DataError
-from oracle import ExactError, Oracle, exact_sample, golden, witness_forward
+from oracle import ExactError, Oracle, exact_sample, golden, witness_sampling
 from oracle.sampling import counts, draw
 from tests.oracle.exact_reference import draw as draw_logits
 
@@ -21,13 +22,23 @@ def test_counts_and_draws_are_the_witness_s(temperature):
     logits = draw_logits(1, (6, 50), -2, 4)
     weights = counts(logits, 49, temperature)
     words = [0, 2**63, 2**64 - 1, 0x123456789ABCDEF0, 7**22, 3**40]
-    expected = [witness_forward.draw_weights(row.numpy(), 49, temperature) for row in logits]
+    expected = [witness_sampling.draw_weights(row.numpy(), 49, temperature) for row in logits]
     assert weights.tolist() == expected
     tokens = [
-        witness_forward.draw(row.numpy(), 49, temperature, word)
+        witness_sampling.draw(row.numpy(), 49, temperature, word)
         for row, word in zip(logits, words, strict=True)
     ]
     assert draw(weights, words).tolist() == tokens
+
+
+def test_counts_of_close_logits_are_the_witness_s_and_not_those_of_torch_s_exp():
+    logits = draw_logits(2, (40, 200), -8, -1)
+    found = counts(logits, 199).tolist()
+    assert found == [witness_sampling.draw_weights(row.numpy(), 199, 1.0) for row in logits]
+    # The control: SPEC's exponential and another one differ by more than half a count here and there.
+    values = logits[:, :199].double()
+    others = ((values - values.amax(-1, keepdim=True)).exp() * 2.0**42).round().to(torch.int64)
+    assert [row[:199] for row in found] != others.tolist()
 
 
 def test_draws_follow_the_counts():
@@ -46,7 +57,7 @@ def test_a_sample_is_the_witness_s_and_the_same_in_any_batch(synthetic, path):
     assert found[1, :4].tolist() == [5, 6, 7, 8]
     weights = {name: tensor.numpy() for name, tensor in synthetic.state_dict().items()}
     for row in range(2):
-        expected = witness_forward.reverse_process(
+        expected = witness_sampling.reverse_process(
             weights, synthetic.config, start[row].numpy(), n_steps=3, seed=3, sequence=row
         )
         assert found[row].tolist() == expected.tolist()
@@ -121,9 +132,18 @@ def test_arguments_out_of_range_are_refused_whether_or_not_there_is_a_mask(
 
 
 def test_a_bar_is_shown_if_tqdm_is_there_and_done_without_if_not(oracle, monkeypatch):
-    start = torch.full((1, 6), MASK)
+    start, shown = torch.full((1, 6), MASK), []
+    real = tqdm.tqdm
+
+    def bar(steps, **settings):
+        shown.append((list(steps), settings["disable"]))
+        return real(steps, **settings)
+
+    monkeypatch.setattr(tqdm, "tqdm", bar)
     expected = exact_sample(oracle, start, steps=2)
+    assert shown == []
     assert torch.equal(exact_sample(oracle, start, steps=2, progress=True), expected)
+    assert shown == [([0, 1], None)]  # None: tqdm itself looks whether stderr is a terminal
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert torch.equal(exact_sample(oracle, start, steps=2, progress=True), expected)
 

@@ -6,6 +6,7 @@ computed in float64 from the same weights.
 
 from __future__ import annotations
 
+import ast
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +19,8 @@ from safetensors.numpy import load_file
 from mdlm_interp.config import MDLMConfig
 from mdlm_interp.errors import CheckpointError, DataError, HookError, MdlmError
 from mdlm_interp.model import all_hook_names
-from oracle import witness, witness_forward, witness_rounding
+from mdlm_interp.randomness import random_bits
+from oracle import witness, witness_forward, witness_rounding, witness_sampling
 
 DIRECTORY = Path(__file__).parents[1] / "golden"
 
@@ -109,7 +111,7 @@ def test_integer_functions_agree_with_mpmath():
         for length in (3, 48):
             for masked in range(1, length + 1):
                 real = -mp.log(1 - mp.mpf(999 * masked) / (1000 * length))
-                assert witness_forward.sigma_of(masked, length) == nearest(real)
+                assert witness_sampling.sigma_of(masked, length) == nearest(real)
         for half in (3, 128):
             expected = tuple(float(mp.power(10_000, -mp.mpf(k) / half)) for k in range(half))
             assert witness_rounding.time_frequencies(half) == expected
@@ -189,7 +191,7 @@ def test_the_reverse_process_reveals_everything_and_keeps_what_was_given(timed):
     mask = timed.config.mask_id
     ids = np.array([mask, 3, mask, 5, mask, mask])
     for temperature in (1.0, 0.0):
-        drawn = witness_forward.reverse_process(
+        drawn = witness_sampling.reverse_process(
             timed.weights, timed.config, ids, n_steps=3, seed=7, temperature=temperature
         )
         assert list(drawn[[1, 3]]) == [3, 5]
@@ -198,10 +200,10 @@ def test_the_reverse_process_reveals_everything_and_keeps_what_was_given(timed):
 
 def test_a_draw_never_takes_the_excluded_token():
     logits = np.array([1.0, 5.0, 5.0, 9.0], np.float32)
-    assert witness_forward.draw(logits, 3, 0.0, 0) == 1
-    assert witness_forward.draw(logits, 1, 0.0, 0) == 3
-    assert witness_forward.draw(logits, 3, 1e-300, 2**64 - 1) == 2  # an overflowing quotient is weight 0
-    assert witness_forward.draw_weights(logits, 3, 1.0)[3] == 0
+    assert witness_sampling.draw(logits, 3, 0.0, 0) == 1
+    assert witness_sampling.draw(logits, 1, 0.0, 0) == 3
+    assert witness_sampling.draw(logits, 3, 1e-300, 2**64 - 1) == 2  # an overflowing quotient is weight 0
+    assert witness_sampling.draw_weights(logits, 3, 1.0)[3] == 0
 
 
 # Refusals
@@ -247,3 +249,83 @@ def test_mistakes_of_the_caller_are_named(timed):
     less = {name: value for name, value in timed.weights.items() if not name.endswith("inv_freq")}
     with pytest.raises(CheckpointError, match=r"the weights lack 'backbone.rotary_emb.inv_freq'"):
         witness_forward.forward(less, timed.config, timed.ids, timed.sigma)
+
+
+def test_operands_that_do_not_fit_are_refused_and_not_cut(unchecked):
+    ones = np.ones
+    for call in (
+        lambda: witness.linear(ones((2, 3), "f4"), ones((4, 3), "f4"), ones(5, "f4")),
+        lambda: witness.linear(ones((2, 3), "f4"), ones((4, 2), "f4")),
+        lambda: witness.attention_scores(ones((1, 3, 2, 4), "f4"), ones((2, 3, 2, 4), "f4")),
+        lambda: witness.attention_scores(ones((1, 3, 2, 4), "f4"), ones((1, 3, 4, 4), "f4")),
+        lambda: witness.mix(ones((1, 2, 3, 4), "f4"), ones((2, 4, 2, 4), "f4")),
+        lambda: witness.mix(ones((1, 2, 3, 4), "f4"), ones((1, 5, 2, 4), "f4")),
+        lambda: witness.layer_norm(ones((2, 3), "f4"), ones(1, "f4")),
+        lambda: witness.layer_norm(ones((2, 3), "f4"), ones(3, "f4"), ones((1, 1), "f4")),
+        lambda: witness.rotate(ones((1, 4, 1, 4), "f4"), ones((1, 2), "f4"), ones((1, 2), "f4")),
+        lambda: witness.rotate(ones((1, 4, 1, 5), "f4"), ones((4, 2), "f4"), ones((4, 2), "f4")),
+        lambda: witness.rotate(ones((1, 4, 1, 4), "f4"), ones((4, 2), "f4"), ones((4, 1), "f4")),
+    ):
+        with pytest.raises(
+            DataError, match=r"axes that belong together must have one size, got .*; slice or"
+        ):
+            call()
+
+
+# Independence
+
+
+WITNESSES = sorted(Path(witness.__file__).parent.glob("witness*.py"))
+SHARED = {
+    "mdlm_interp.config": "the fields of a configuration",
+    "mdlm_interp.errors": "classes of errors, and the nearest of some names",
+    "mdlm_interp.shapes": "annotations",
+}
+"""What a witness may have in common with the engine: nothing that computes a number."""
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            found |= (
+                {f"oracle.{alias.name}" for alias in node.names} if node.module == "oracle" else {node.module}
+            )
+    return found
+
+
+@pytest.mark.parametrize("path", WITNESSES, ids=lambda path: path.stem)
+def test_the_witness_shares_no_code_with_the_engine(path):
+    own = {f"oracle.{other.stem}" for other in WITNESSES}
+    ours = {name for name in imported(path) if name.partition(".")[0] in ("oracle", "mdlm_interp", "torch")}
+    assert ours <= own | set(SHARED)
+
+
+def test_the_engine_and_the_network_do_not_use_the_witness():
+    """Only the verification of golden files does, where it is asked for."""
+    directory = Path(witness.__file__).parent
+    users = {
+        path.stem
+        for path in set(directory.glob("*.py")) - set(WITNESSES)
+        if any(name.startswith("oracle.witness") for name in imported(path))
+    }
+    assert users == {"golden"}
+
+
+def test_the_words_are_numpy_s_generator_s():
+    """Exact: the witness's own Philox against the one that the engine draws from, at both ends of the ranges."""
+    for seed, sequence in ((0, 0), (7, 3), (2**64 - 1, 2**63 - 1), (2**63, 1)):
+        for count in (0, 1, 4, 5, 33):
+            found = witness_sampling.words_of(seed, "reveal:0", sequence, count)
+            assert found == random_bits(seed, "reveal:0", sequence, count).tolist()
+    assert witness_sampling.words_of(7, "reveal:0", 3, 5) == [  # as SPEC prints them
+        9019011590072474441,
+        10821194509470595814,
+        16883392119412148541,
+        10693802229062600221,
+        3461126097362305359,
+    ]

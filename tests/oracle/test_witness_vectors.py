@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oracle import witness, witness_forward
+from oracle import witness, witness_blocks, witness_forward, witness_sampling
 
 SPEC = Path(witness.__file__).with_name("SPEC.md")
 
@@ -274,13 +274,13 @@ def numbers(text: str) -> list[float]:
     return [float.fromhex(part) for part in text.split()]
 
 
-def row(text: str) -> witness.F32:
+def row(text: str) -> witness_blocks.F32:
     values = np.array(numbers(text))
     assert np.array_equal(values.astype(np.float32).astype(np.float64), values)
     return values.astype(np.float32)
 
 
-def same_bits(found: witness.F32, expected: str) -> bool:
+def same_bits(found: witness_blocks.F32, expected: str) -> bool:
     return found.dtype == np.float32 and found.tobytes() == row(expected).tobytes()
 
 
@@ -330,18 +330,18 @@ def time_features(v):
 
 
 def exponential(v):
-    assert witness.exp(np.array(numbers(v["x"]))).tobytes() == np.array(numbers(v["result"])).tobytes()
+    assert witness_blocks.exp(np.array(numbers(v["x"]))).tobytes() == np.array(numbers(v["result"])).tobytes()
 
 
 def draw(v):
     logits, excluded = row(v["logits"]), v["excluded"]
     temperature = float.fromhex(v["temperature"])
-    assert witness_forward.draw_weights(logits, excluded, temperature) == v["weights"]
-    assert witness_forward.draw(logits, excluded, temperature, int(v["word"], 16)) == v["result"]
+    assert witness_sampling.draw_weights(logits, excluded, temperature) == v["weights"]
+    assert witness_sampling.draw(logits, excluded, temperature, int(v["word"], 16)) == v["result"]
 
 
 def sigma(v):
-    assert witness_forward.sigma_of(v["masked"], v["length"]) == float.fromhex(v["result"])
+    assert witness_sampling.sigma_of(v["masked"], v["length"]) == float.fromhex(v["result"])
 
 
 def digest(v):

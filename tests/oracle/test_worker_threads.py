@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 BEGIN = """
 import threading, torch
-from oracle import UntrustedMachineError, ops, plain_path, selftest
+from oracle import UntrustedMachineError, matrix_products, ops, plain_path, selftest
 
 def start_workers(n):  # torch starts them at the first operation that is long enough
     torch.set_num_threads(n)
@@ -33,6 +33,7 @@ def flushing_ones(n):
 x, w = torch.full((400, 1000), 3 * 2.0**-149), torch.eye(1000)[:64] * 2.0**10
 calls = {
     "linear": lambda: ops.linear(x, w),
+    "linear of few terms": lambda: ops.linear(x[:, :2], w[:, :2]),
     "matmul": lambda: ops.matmul(x[:, :1].expand(400, 2), w[:2, :1000]),
     "scores": lambda: ops.attention_scores(x[None, :, None, :2], x[None, :, None, :2] * 2.0**60),
     "attention": lambda: ops.attention(*(x[None, :, None, :2],) * 3),
@@ -57,9 +58,9 @@ for name, call in calls.items():
         assert refused(call), name
 # The control: without the question the linear computes, and it is wrong.
 ask = selftest.require_workers
-ops.require_workers = selftest.require_workers = lambda *_: None
+matrix_products.require_workers = selftest.require_workers = lambda *_: None
 wrong = ops.linear(x, w)
-ops.require_workers = selftest.require_workers = ask
+matrix_products.require_workers = selftest.require_workers = ask
 print("wrong", int((wrong != right["linear"]).sum()) > 1000)
 torch.set_num_threads(1)  # the advice
 print("advice", all(torch.equal(call(), right[name]) for name, call in calls.items()))
