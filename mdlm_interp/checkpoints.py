@@ -139,6 +139,11 @@ def load_model(
             # The rotary frequencies stay float32 in a half-precision model; see layers.Rotary.
             kind = torch.float32 if low and name.endswith("inv_freq") else dtype
             state[name] = tensor.to(device=place, dtype=kind)
+            if kind == torch.float16 and not bool(torch.isfinite(state[name]).all()):
+                raise CheckpointError(
+                    f"{name} in {file} reaches {float(tensor.abs().max()):g} and float16 ends at 65504; load the "
+                    f"model as bfloat16 or float32"
+                )
     missing = [name for name in expected if name not in state]
     if missing:
         raise CheckpointError(

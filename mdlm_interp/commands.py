@@ -193,6 +193,9 @@ def ppl(argv: list[str]) -> int:
     config = parse_args(PerplexityConfig, argv, prog="mdlm-interp ppl", positional=("files",))
     if not config.files:
         raise ConfigError("ppl needs at least one text file")
+    twice = next((file for number, file in enumerate(config.files) if file in config.files[:number]), None)
+    if twice is not None:  # its sequences would count as independent ones in the standard error
+        raise ConfigError(f"each file may be named once, {twice} is named twice; leave one of them out")
     model, tokenizer = config.load()
     length = sequence_length(config.length, 3 if config.wrap else 1, model)
     texts = [_sequences(file, tokenizer, length, config) for file in config.files]

@@ -131,9 +131,10 @@ class HookedMDLM(nn.Module):
         """Raw logits [batch pos vocab]; the mask token's column is included and not suppressed.
 
         Args:
-            timesteps: sigma, the total noise [batch] (not t). Ignored unless config.time_conditioning.
+            timesteps: sigma, the total noise [batch] (not t). Its values are ignored unless
+                config.time_conditioning.
             stop_at_block: Skip this block and all that follows, and return the residual stream
-                [batch pos d] that it would have read; 0 returns the embedding.
+                [batch pos d] that it would have read; 0 returns the embedding. Hooks behind it do not run.
         Raises:
             DataError: If ids are outside the vocabulary, shapes are wrong, or sigma is needed and missing.
         """
@@ -166,21 +167,24 @@ class HookedMDLM(nn.Module):
             self._check_stop(stop_at_block)
 
     def _check_stop(self, stop_at_block: int) -> None:
-        if not 0 <= stop_at_block <= self.config.n_blocks:
-            raise DataError(f"stop_at_block must be in [0, {self.config.n_blocks}], got {stop_at_block}")
+        # True and 1.0 equal 1 and are no number of a block.
+        if type(stop_at_block) is not int or not 0 <= stop_at_block <= self.config.n_blocks:
+            raise DataError(
+                f"stop_at_block must be a whole number in [0, {self.config.n_blocks}], got {stop_at_block!r}"
+            )
 
     def _sigma(self, input_ids: Tensor, timesteps: Tensor | None) -> Float[Tensor, " batch"]:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         batch = input_ids.shape[0]
+        if timesteps is not None and timesteps.shape not in ((batch,), (batch, 1)):
+            raise DataError(
+                f"timesteps must have shape [{batch}], one sigma a sequence, got {list(timesteps.shape)}"
+            )
         if not self.config.time_conditioning:
             return torch.zeros(batch, dtype=dtype, device=input_ids.device)
         if timesteps is None:
             raise DataError(
                 "this model is time-conditioned: pass timesteps, which is sigma (total noise), not t"
-            )
-        if timesteps.shape not in ((batch,), (batch, 1)):
-            raise DataError(
-                f"timesteps must have shape [{batch}], one sigma a sequence, got {list(timesteps.shape)}"
             )
         return timesteps.reshape(batch).to(device=input_ids.device, dtype=dtype)
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from io import TextIOWrapper
+from typing import Any
 
 from mdlm_interp.documents.compression import PackedFile
 from mdlm_interp.errors import DataError, nearest
@@ -19,6 +20,17 @@ PIECE = 1 << 20
 """Bytes or characters of a plain text that are read at a time."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+"""What JSON calls the values that Python reads."""
+
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD]")
 
 
@@ -82,11 +94,19 @@ def read_jsonl(file: PackedFile) -> Iterator[str]:
                 reason = str(error).partition(";")[0]
                 raise DataError(f"{file}, line {number} cannot be read ({reason}); remove the line") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                known = nearest("text", record) if isinstance(record, dict) else ""
-                raise DataError(f'{file}, line {number} has no "text" string{known}')
+                raise DataError(f"{file}, line {number} {_without_text(record)}")
             # The line itself was UTF-8, which has none, so only an escape can have made one.
             if _ESCAPED_SURROGATE.search(line) and _SURROGATE.search(record["text"]):
                 raise DataError(
                     f"{file}, line {number}: the text has half a surrogate pair, which is no character"
                 )
             yield record["text"]
+
+
+def _without_text(record: Any) -> str:
+    """What is wrong with a line of JSON that has no text."""
+    if not isinstance(record, dict):
+        return f'is {KINDS[type(record)]}, expected an object with a "text" string'
+    if "text" in record:
+        return f'has a "text" that is {KINDS[type(record["text"])]}, expected a string'
+    return f'has no "text" string{nearest("text", record)}'

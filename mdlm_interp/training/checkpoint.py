@@ -10,6 +10,7 @@ The same record stands in run.json from the first moment on, and tells this run'
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -93,12 +94,10 @@ def open_run(directory: Path, record: Record) -> tuple[int, dict[str, Tensor]] |
 
 def save_state(directory: Path, step: int, record: Record, tensors: Mapping[str, Tensor]) -> None:
     """Replace the checkpoint in one step; an interruption or a full disk leaves the old one."""
+    kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    metadata = {"step": str(step), "run": json.dumps(record), "sha256": tensors_sha256(kept)}
     with replacing(directory / STATE) as partial:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            partial,
-            metadata={"step": str(step), "run": json.dumps(record)},
-        )
+        save_file(kept, partial, metadata=metadata)
 
 
 def load_state(directory: Path, record: Record) -> tuple[int, dict[str, Tensor]] | None:
@@ -114,9 +113,22 @@ def load_state(directory: Path, record: Record) -> tuple[int, dict[str, Tensor]]
     refuse_another(saved, record, directory)
     try:
         with safe_open(path, framework="pt") as stored:
-            return step, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            expected = stored.metadata()["sha256"]
     except SafetensorError as error:
         raise _damaged(path, error) from None
+    if tensors_sha256(tensors) != expected:
+        raise _damaged(path, "its tensors do not match their SHA-256")
+    return step, tensors
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' names and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}\0".encode())
+        digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def saved_step(directory: Path) -> int | None:
@@ -167,15 +179,15 @@ def _read_metadata(path: Path) -> tuple[int, Record]:
             metadata = stored.metadata() or {}
     except SafetensorError as error:
         raise _damaged(path, error) from None
-    if not metadata.keys() >= {"step", "run"}:
+    if not metadata.keys() >= {"step", "run", "sha256"}:
         raise CheckpointError(
-            f"{path} has no step and run in its metadata, so it is no checkpoint of train-lm, or an earlier "
+            f"{path} has no step, run and sha256 in its metadata, so it is no checkpoint of train-lm, or an earlier "
             f"version's; choose another out directory"
         )
     return int(metadata["step"]), json.loads(metadata["run"])
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def _damaged(path: Path, error: object) -> CheckpointError:
     return CheckpointError(f"{path} is damaged ({error}); remove it to start the run anew")
 
 

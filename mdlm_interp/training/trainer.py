@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -206,6 +207,8 @@ def train(
     saved = open_run(config.out, trainer.record)
     if saved is not None:
         trainer.restore(*saved)
+        if progress:
+            sys.stderr.write(f"{config.out}: continuing from step {trainer.step_number} of {config.steps}\n")
     _trim_log(config.out / LOG, trainer.step_number)
     _loop(trainer, progress)
     return trainer

@@ -85,6 +85,18 @@ def test_keys_that_transformers_adds_to_the_config_are_ignored(model, saved):
     assert same_weights(HookedMDLM.from_pretrained(saved), model)
 
 
+def test_weights_beyond_float16_are_refused_there_and_load_as_bfloat16(model, saved):
+    with torch.no_grad():
+        model.backbone.blocks[0].attn_qkv.weight[3, 2] = -70_000.0
+    weights = model.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, saved / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"attn_qkv.weight in .* reaches 70000 and float16 ends at 65504"
+    ):
+        HookedMDLM.from_pretrained(saved, dtype=torch.float16)
+    HookedMDLM.from_pretrained(saved, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_load_in_another_type_as_rounded_once(model, saved, ids, sigma, dtype):
     """Exact for the weights. The forward is bounded by the type's own rounding, 2**-8 for bfloat16, over some

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mdlm_interp.arithmetic import Arithmetic
 from mdlm_interp.config import MDLMConfig
+from mdlm_interp.errors import DataError
 from mdlm_interp.model import HookedMDLM
 
 DIRECTORY = Path(__file__).parents[1] / "golden"
@@ -155,6 +156,14 @@ def test_sigma_has_no_effect_without_time_conditioning():
     golden = load_golden("mdlm_tiny_a")
     model = build(golden, torch.float32)
     assert torch.equal(model(golden.input_ids, golden.sigma), model(golden.input_ids))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 2)])
+def test_sigma_of_another_shape_is_refused_with_and_without_time_conditioning(shape):
+    for name in ("mdlm_tiny_a", "mdlm_tiny_b"):
+        golden = load_golden(name)
+        with pytest.raises(DataError, match=r"timesteps must have shape \[2\], one sigma a sequence, got"):
+            build(golden, torch.float32)(golden.input_ids[:2], torch.zeros(shape))
 
 
 def test_the_state_dict_has_exactly_the_published_names_and_shapes():

@@ -164,10 +164,10 @@ def test_stop_at_block_returns_what_that_block_would_have_read_and_skips_the_res
     assert all(torch.equal(partial[name], whole[name]) for name in list(partial)[1:])
 
 
-@pytest.mark.parametrize("stop", [-1, 3])
+@pytest.mark.parametrize("stop", [-1, 3, True])
 def test_stop_at_block_outside_the_model_is_an_error(model, ids, sigma, stop):
     for call in (model, model.run_with_cache):
-        with pytest.raises(DataError, match=rf"stop_at_block must be in \[0, 2\], got {stop}"):
+        with pytest.raises(DataError, match=rf"stop_at_block must be a whole number in \[0, 2\], got {stop}"):
             call(ids, timesteps=sigma, stop_at_block=stop)
 
 

@@ -186,8 +186,9 @@ def test_a_file_cut_off_inside_a_character_is_refused(write, refusal):
     [
         ('{"text": "cut', ", line 3 is not JSON (Invalid control character at); is the file cut off?"),
         ('{"txt": "a"}', ", line 3 has no \"text\" string; did you mean 'txt'?"),
-        ('{"text": 3}', ", line 3 has no \"text\" string; did you mean 'text'?"),
-        ('["a"]', ', line 3 has no "text" string'),
+        ('{"text": 3}', ', line 3 has a "text" that is a number, expected a string'),
+        ('{"text": null}', ', line 3 has a "text" that is null, expected a string'),
+        ('["a"]', ', line 3 is a list, expected an object with a "text" string'),
         (
             "[" * 100_000,
             ", line 3 cannot be read (maximum recursion depth exceeded while decoding a JSON array from a "

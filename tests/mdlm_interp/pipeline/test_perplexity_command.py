@@ -31,6 +31,11 @@ def figures(line: str) -> list[float]:
     return [float(value) for value in re.findall(r"<= ([\d.]+)", line)]
 
 
+def test_a_file_named_twice_is_refused(capsys, model_directory, two_files):
+    error = refused(capsys, "ppl", *two_files, two_files[0], "--model", model_directory)
+    assert f"each file may be named once, {two_files[0]} is named twice; leave one of them out" in error
+
+
 def test_every_file_has_its_line_and_all_together_the_table(capsys, model_directory, two_files):
     options = ("--model", model_directory, "--times", 2)
     code, out, _ = run(capsys, "ppl", *two_files, *options)

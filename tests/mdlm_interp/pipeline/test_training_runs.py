@@ -156,6 +156,19 @@ def test_a_damaged_checkpoint_is_refused(config, tokenizer, streams):
     assert train(config, tokenizer, streams).step_number == 12
 
 
+@pytest.mark.parametrize("place", [-1, -4000, -40_000])
+def test_one_flipped_bit_of_a_checkpoint_is_found(config, tokenizer, streams, place):
+    train(replace(config, steps=5), tokenizer, streams)
+    path = config.out / STATE
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"is damaged \(its tensors do not match their SHA-256\); remove it"
+    ):
+        train(config, tokenizer, streams)
+
+
 def test_a_safetensors_file_that_is_no_checkpoint_is_refused(config, tokenizer, streams):
     train(replace(config, steps=5), tokenizer, streams)
     save_file({"x": zeros(1)}, config.out / STATE)
@@ -227,7 +240,9 @@ def test_an_interrupted_run_names_the_step_it_saved_and_the_same_command_continu
         f"and the same command continues from there\n"
     )
     assert saved_step(out) == 5
-    assert called(capsys, "train-lm", recipe)[0] == 0
+    code, _, error = called(capsys, "train-lm", recipe)
+    assert code == 0
+    assert error.startswith(f"{out}: continuing from step 5 of ")
     assert same(load_file(whole / STATE), load_file(out / STATE))
     assert same(
         load_file(whole / "model" / "model.safetensors"), load_file(out / "model" / "model.safetensors")
