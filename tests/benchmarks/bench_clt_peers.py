@@ -143,7 +143,7 @@ def captured_activations(path: Path, store_path: Path, rows: int) -> None:
     from transcoder.data import infer_shape, store_normalisation
 
     store = open_store(store_path)
-    inputs, outputs = "blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out"
+    inputs, outputs = "blocks.{layer}.mlp.hook_in", "blocks.{layer}.hook_mlp_out"
     n_layers, _ = infer_shape(store, inputs, outputs)
     tensors = {}
     for name, pattern in (("x", inputs), ("y", outputs)):
