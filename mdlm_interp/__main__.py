@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("transcoder.demo:main", "everything below on the bundled model, minutes on 2 cores"),
     "info": ("mdlm_interp.commands:info", "what a model is: its shape, size and hook points"),
     "fill": ("mdlm_interp.commands:fill", "fill the masks of a text"),
-    "sample": ("mdlm_interp.commands:sample", "generate text by denoising"),
+    "sample": ("mdlm_interp.decoding.commands:main", "generate text by denoising"),
     "ppl": ("mdlm_interp.commands:ppl", "bound the perplexity of a text"),
     "train-lm": ("mdlm_interp.training.command:main", "train a masked diffusion language model"),
     "train-tokenizer": ("mdlm_interp.training.tokenizer:main", "train a byte-level BPE tokenizer"),
@@ -47,6 +47,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "capture export": ("capture.export_command:export", "write a store as HDF5 or safetensors"),
     "clt train": ("transcoder.commands:train", "train a cross-layer transcoder on a store"),
     "clt eval": ("transcoder.commands:evaluate", "measure a transcoder: fvu, l0, loss recovered"),
+    "clt export": (
+        "transcoder.interchange.commands:export",
+        "write a transcoder for circuit-tracer, SAELens or crosslayer-coding",
+    ),
+    "clt import": ("transcoder.interchange.commands:import_", "read a transcoder of these tools"),
 }
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -55,7 +55,8 @@ def test_the_python_and_console_blocks_run_in_order(here, capsys):
 
 def test_every_command_that_the_readme_shows_exists():
     shown = re.findall(
-        r"mdlm-interp ([a-z-]+(?: (?:run|info|train|eval|verify|fingerprint|record|sample|export)\b)?)", TEXT
+        r"mdlm-interp ([a-z-]+(?: (?:run|info|train|eval|verify|fingerprint|record|sample|export|import)\b)?)",
+        TEXT,
     )
     unknown = {name for name in shown if name not in COMMANDS}
     assert unknown == set()

@@ -1,6 +1,7 @@
 """A transcoder as a directory.
 
-    config.json                       format, shape and hook points, provenance (run, store and model by hash)
+    config.json                       format, shape and hook points, provenance (run, store and model by hash), and
+                                      the SHA-256 of the other files
     clt.safetensors                   W_enc, b_enc, W_dec.0 ..., b_dec, log_threshold and W_skip where there are any,
                                       and the normalisation, float32
     training_sequences.safetensors    hashes of the text it was trained on, int64; absent if that is not known
@@ -11,6 +12,7 @@ without it is no transcoder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +60,11 @@ def save_clt(clt: CrossLayerTranscoder, directory: str | Path) -> None:
         "version": VERSION,
         "transcoder": to_mapping(clt.config),
         "provenance": clt.provenance,
+        "sha256": {
+            name: file_sha256(directory / name)
+            for name in (WEIGHTS, SEQUENCES)
+            if (directory / name).exists()
+        },
     }
     write_json(directory / CONFIG, stored)
 
@@ -75,7 +82,7 @@ def load_clt(
             shape, or the transcoder belongs to another model.
     """
     directory = Path(directory)
-    config, provenance = _read_config(directory)
+    config, provenance, hashes = _read_config(directory)
     with torch.device("meta"):
         clt = CrossLayerTranscoder(config)
     expected = {name: tuple(tensor.shape) for name, tensor in clt.state_dict().items()}
@@ -88,10 +95,12 @@ def load_clt(
             f"{directory / WEIGHTS} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}; "
             f"is n_layers in {CONFIG} right?"
         )
+    sequences = _read_sequences(directory / SEQUENCES)
+    _check_hashes(directory, hashes)
     clt.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
     clt.requires_grad_(True)
     clt.provenance = provenance
-    clt.training_sequences = _read_sequences(directory / SEQUENCES)
+    clt.training_sequences = sequences
     if isinstance(model, HookedMDLM):
         check_model(clt, model)
     elif model is not None:
@@ -99,7 +108,7 @@ def load_clt(
     return clt
 
 
-def _read_config(directory: Path) -> tuple[TranscoderConfig, dict[str, Any]]:
+def _read_config(directory: Path) -> tuple[TranscoderConfig, dict[str, Any], dict[str, str]]:
     path = directory / CONFIG
     stored = read_json(path)
     if stored.get("format") != FORMAT:
@@ -115,8 +124,12 @@ def _read_config(directory: Path) -> tuple[TranscoderConfig, dict[str, Any]]:
         config = from_mapping(TranscoderConfig, stored.get("transcoder", {}), source=str(path))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    provenance = stored.get("provenance", {})
-    return config, dict(provenance) if isinstance(provenance, Mapping) else {}
+    provenance, hashes = stored.get("provenance"), stored.get("sha256")
+    if not isinstance(provenance, dict) or not isinstance(hashes, dict) or WEIGHTS not in hashes:
+        raise CheckpointError(
+            f"{path} lacks provenance or sha256, which this package writes; restore it from a copy"
+        )
+    return config, provenance, hashes
 
 
 def _check_tensor(
@@ -140,6 +153,15 @@ def _check_tensor(
         raise CheckpointError(f"{name} in {file} has values that are not finite; the file is damaged")
 
 
+def _check_hashes(directory: Path, expected: Mapping[str, str]) -> None:
+    for name in expected:
+        if not (directory / name).is_file() or file_sha256(directory / name) != expected[name]:
+            raise CheckpointError(
+                f"{directory / name} is damaged or another's: its SHA-256 is not the one in {CONFIG}; restore it "
+                f"from a copy"
+            )
+
+
 def _read_sequences(path: Path) -> NDArray[np.int64] | None:
     if not path.exists():
         return None
@@ -147,6 +169,12 @@ def _read_sequences(path: Path) -> NDArray[np.int64] | None:
     if hashes is None or hashes.dtype != torch.int64 or hashes.ndim != 1:
         raise CheckpointError(f"{path} must hold one row of int64 'hashes'; restore it from a copy")
     return np.asarray(hashes.numpy())
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,11 @@ class EvalConfig:
     """Sequences to use, evenly spread over those held out; none uses all."""
     batch_size: int = 8
     """Sequences per forward pass; it changes results by rounding only."""
+    oracle_sequences: int | None = 2
+    """Sequences on which error terms are added back, natively and in exact arithmetic; none skips that."""
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, ("max_sequences", "batch_size"))
+        require_at_least_one(self, ("max_sequences", "batch_size", "oracle_sequences"))
         require_apart(self.out, self.store)
 
 
@@ -49,9 +52,11 @@ def train(argv: Sequence[str]) -> int:
         clt = run(config, progress=True)
     except KeyboardInterrupt:
         saved = latest_training_state(config.out)
-        if saved is not None:
+        if saved is not None and _is_first():
             print(f"the state is saved in {saved}; the same command continues from there")
         raise
+    if not _is_first():
+        return 0
     print(f"{config.out}: {clt.extra_repr()}")
     for last in read_log(config.out / METRICS)[-1:]:
         print(
@@ -84,7 +89,13 @@ def evaluate(argv: Sequence[str]) -> int:
     log = read_log(config.clt / METRICS)
     model = HookedMDLM.from_pretrained(config.model, device=device)
     evaluation = run(
-        model, clt, store, max_sequences=config.max_sequences, batch_size=config.batch_size, progress=True
+        model,
+        clt,
+        store,
+        max_sequences=config.max_sequences,
+        batch_size=config.batch_size,
+        oracle_sequences=config.oracle_sequences,
+        progress=True,
     )
     about = {
         "transcoder": str(config.clt),
@@ -97,6 +108,11 @@ def evaluate(argv: Sequence[str]) -> int:
     files = write_report(evaluation, out, about=about, training_log=log)
     print("wrote " + ", ".join(str(file) for file in files))
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all that torchrun started; alone it does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _model_of(store: Path) -> str:

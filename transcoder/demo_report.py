@@ -14,9 +14,12 @@ from mdlm_interp.program import invocation
 from mdlm_interp.tokenizers import Tokenizer
 from transcoder.checkpoint import write_json
 from transcoder.effects import FeatureEffect, PredictionEffects
-from transcoder.evaluation import MEAN, ORIGINAL, REPLACED, ZERO, Evaluation
+from transcoder.eval_scores import MEAN, ORIGINAL, REPLACED, ZERO
+from transcoder.eval_tables import figure as estimated
+from transcoder.eval_tables import number, table
+from transcoder.evaluation import Evaluation
 from transcoder.plots import DOTS_PER_INCH, new_figure
-from transcoder.report import MEAN_NOTE, mean_fvu, number, table
+from transcoder.report import MEAN_NOTE, mean_fvu
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,16 +78,16 @@ def overview(
 ) -> list[str]:
     """The demo's results in one table."""
     layers = evaluation.layers["all"]
-    n_layers, features = len(layers), evaluation.density.size
+    n_layers, features = len(layers), evaluation.density["all"].size
     rows = [
         ["variance of MLP outputs explained, held out", mean_fvu(evaluation, explained=True)],
         ["active features per layer and token", f"{sum(m.l0 for m in layers) / n_layers:.1f}"],
-        ["features never active on held-out text", f"{sum(m.dead for m in layers)} of {features}"],
-        ["NELBO of the model, nats per token", number(evaluation.conditions[ORIGINAL].nelbo, ".3f")],
-        ["  change with all MLPs replaced", number(evaluation.delta_nelbo(REPLACED), "+.3f")],
-        ["  change with all MLPs at their mean", number(evaluation.delta_nelbo(MEAN), "+.3f")],
-        ["  change with all MLPs at zero", number(evaluation.delta_nelbo(ZERO), "+.3f")],
-        ["share of the MLPs' contribution recovered", number(evaluation.share_recovered, ".1%")],
+        ["features never active on held-out text", f"{sum(m.dead or 0 for m in layers)} of {features}"],
+        ["NELBO of the model, nats per token", number(evaluation.scores.nelbo(ORIGINAL).value, ".3f")],
+        ["  change with all MLPs replaced", estimated(evaluation.delta_nelbo(REPLACED), "+.3f")],
+        ["  change with all MLPs at their mean", estimated(evaluation.delta_nelbo(MEAN), "+.3f")],
+        ["  change with all MLPs at zero", estimated(evaluation.delta_nelbo(ZERO), "+.3f")],
+        ["share of the MLPs' contribution recovered", estimated(evaluation.share_recovered, ".1%")],
     ]
     if found.effects:
         best = found.effects[0]

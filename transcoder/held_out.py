@@ -1,10 +1,11 @@
 """Which text a transcoder was not trained on, by the text itself and across stores.
 
-1. A training run records a 64-bit hash of every sequence on its training side: of the clean tokens, so the
-   same text noised otherwise, or captured again into another store, has the same hash.
-2. A sequence of any store is held out if its hash is not among those.
-3. That sees whole sequences only. Where two stores cut the same file into sequences at other places,
-   training text cannot be told from other text, and the store is refused.
+1. A training run records 64-bit hashes of the clean tokens of its training side: of every whole sequence, and of its
+   windows of 8 tokens (of a large text, of one window in so many, chosen by the hash itself).
+2. A sequence of any store is training text if it was one whole, or if a quarter of its windows or more are among those:
+   the same text noised otherwise, captured again, cut at other places, or out of another file is found. Of unrelated
+   text some windows are common phrases.
+3. All other sequences are held out.
 """
 
 # Axes: seq, pos
@@ -12,9 +13,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +26,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from transcoder.model import CrossLayerTranscoder
+
+
+WINDOW = 8
+"""Tokens of a stretch of text that is compared."""
+MUCH = 0.25
+"""Share of a sequence's windows in the training text from which on it is training text."""
+MOST_WINDOWS = 2**22
+"""That a transcoder keeps the hashes of, about."""
+MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
+ABSENT = np.uint64(0)
 
 
 def sequence_hashes(x_0: Int64[Tensor, "seq pos"]) -> NDArray[np.int64]:
@@ -42,18 +51,64 @@ def sequence_hashes(x_0: Int64[Tensor, "seq pos"]) -> NDArray[np.int64]:
     return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
 
 
+def window_hashes(x_0: Int64[Tensor, "seq pos"]) -> NDArray[np.uint64]:
+    """A 64-bit hash [seq window] of every WINDOW consecutive tokens; ABSENT where one is -1, behind a shorter sequence.
+
+    The sum of the tokens, each mixed, times powers of an odd number, mixed again.
+    """
+    tokens = x_0.numpy()
+    mixed = _mixed(tokens.astype(np.uint64))
+    count = max(0, tokens.shape[1] - WINDOW + 1)
+    total = np.zeros((len(tokens), count), np.uint64)
+    is_text = np.ones((len(tokens), count), np.bool_)
+    for place in range(WINDOW):
+        total = total * MULTIPLIER + mixed[:, place : place + count]
+        is_text &= tokens[:, place : place + count] >= 0
+    return np.where(is_text, np.maximum(_mixed(total), ABSENT + np.uint64(1)), ABSENT)
+
+
+def training_hashes(x_0: Int64[Tensor, "seq pos"]) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """What a transcoder keeps of the text it is trained on: sorted hashes, and how its windows were chosen."""
+    windows = window_hashes(x_0)
+    one_in = 1
+    while np.count_nonzero(windows != ABSENT) > one_in * MOST_WINDOWS:
+        one_in *= 2
+    chosen = windows[_chosen(windows, one_in)].view(np.int64)
+    hashes = np.unique(np.concatenate([sequence_hashes(x_0), chosen]))
+    return hashes, {"tokens": WINDOW, "one_in": one_in}
+
+
 def is_training_text(clt: CrossLayerTranscoder, x_0: Int64[Tensor, "seq pos"]) -> NDArray[np.bool_]:
-    """Whether the transcoder was trained on each of these sequences.
+    """Whether the transcoder was trained on each of these sequences, or on much of it.
 
     Raises:
         CheckpointError: If it does not record what it was trained on.
     """
-    if clt.training_sequences is None:
+    record = clt.provenance.get("text_windows")
+    if clt.training_sequences is None or record is None or record["tokens"] != WINDOW:
         raise CheckpointError(
-            "the transcoder does not record which sequences it was trained on, so none can be called held "
+            "the transcoder does not record which text it was trained on, so none can be called held "
             "out; train it again with this version, or hand evaluate() sequences instead of a store"
         )
-    return np.isin(sequence_hashes(x_0), clt.training_sequences)
+    windows = window_hashes(x_0)
+    looked_at = _chosen(windows, record["one_in"])
+    found = np.isin(windows.view(np.int64), clt.training_sequences) & looked_at
+    is_much = found.sum(1) >= np.maximum(MUCH * looked_at.sum(1), 1)
+    result: NDArray[np.bool_] = np.isin(sequence_hashes(x_0), clt.training_sequences) | is_much
+    return result
+
+
+def _chosen(windows: NDArray[np.uint64], one_in: int) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (windows % np.uint64(one_in) == 0) & (windows != ABSENT)
+    return found
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's output function (Steele, Lea and Flood 2014): every bit depends on every bit."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def held_out_sequences(clt: CrossLayerTranscoder, store: RowStore) -> NDArray[np.int64]:
@@ -61,42 +116,13 @@ def held_out_sequences(clt: CrossLayerTranscoder, store: RowStore) -> NDArray[np
 
     Raises:
         CheckpointError: If the transcoder does not record what it was trained on.
-        DataError: If nothing is left, or the store has text of the training store cut into other sequences.
+        DataError: If nothing is left.
     """
     x_0 = store.tokens()[0]
     held_out = np.flatnonzero(~is_training_text(clt, x_0))
-    check_cut(clt.provenance.get("store", {}), store)
     if len(held_out) == 0:
         raise DataError(
             f"all {len(x_0)} sequences of the store are text that the transcoder was trained on, nothing is "
             f"held out; capture other text"
         )
     return held_out
-
-
-def cut_of(store: RowStore) -> dict[str, Any]:
-    """What decides where a store's text is cut into sequences: compared by `check_cut`."""
-    sources = [str(source["sha256"]) for source in store.provenance.get("sources", ())]
-    settings = {name: store.config.get(name) for name in ("wrap", "pack")}
-    return {"length": store.length, **settings, "sources": sources}
-
-
-def check_cut(trained_on: Mapping[str, Any], store: RowStore) -> None:
-    """Raise DataError if a text file of the training store is cut into other sequences in this store.
-
-    Sequences are cut from the files one after the other, so a file is cut alike in both only if all files
-    before it are the same too.
-    """
-    before, now = trained_on.get("cut", {}), cut_of(store)
-    files = list(before.get("sources", ()))
-    alike = 0
-    if all(before.get(name) == now[name] for name in now if name != "sources"):
-        pairs = zip(files, now["sources"], strict=False)
-        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    both = set(files[alike:]) & set(now["sources"]) | set(files) & set(now["sources"][alike:])
-    if both:
-        raise DataError(
-            f"the text file with sha256 {sorted(both)[0][:12]} is in this store and in the training store, cut "
-            f"into sequences at other places (length {now['length']} here, {before.get('length')} there), so "
-            f"training text cannot be told apart; capture it as for training, or capture other text"
-        )

@@ -13,6 +13,7 @@ Source:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,28 +28,58 @@ if TYPE_CHECKING:
     from transcoder.model import CrossLayerTranscoder
 
 
-@torch.no_grad()
 def initialise(clt: CrossLayerTranscoder, init: InitConfig, seed: int) -> None:
     """Set every parameter in place."""
-    config = clt.config
-    for parameter in (clt.b_enc, clt.b_dec, *([clt.W_skip] if clt.W_skip is not None else [])):
-        parameter.zero_()
-    if clt.log_threshold is not None:
-        clt.log_threshold.fill_(log_of(init.threshold))
-    fan = {"n_features": config.n_features, "d_model": config.d_model}[init.encoder]
-    _draw(clt.W_enc, "W_enc", 1.0 / math.sqrt(fan), seed)
-    for source, weight in enumerate(clt.W_dec):
+    initialise_blocks([clt], [slice(None)], init, seed)
+
+
+@torch.no_grad()
+def initialise_blocks(
+    blocks: Sequence[CrossLayerTranscoder], features: Sequence[slice], init: InitConfig, seed: int
+) -> None:
+    """Set every parameter of blocks of a transcoder's features: each gets its part of what the whole one would.
+
+    Args:
+        features: That each block has. The whole of one tensor at a time is drawn, whatever they are.
+    """
+    config = blocks[0].config
+    for block in blocks:
+        for parameter in (block.b_enc, block.b_dec, *([block.W_skip] if block.W_skip is not None else [])):
+            parameter.zero_()
+        if block.log_threshold is not None:
+            block.log_threshold.fill_(log_of(init.threshold))
+    n, d_model = config.n_features, config.d_model
+    fan = {"n_features": n, "d_model": d_model}[init.encoder]
+    parts = [block.W_enc.transpose(0, 1) for block in blocks]
+    _draw(parts, features, "W_enc", (config.n_layers, n, d_model), 1.0 / math.sqrt(fan), seed)
+    bound = 1.0 / math.sqrt(config.reach * d_model)
+    for source in range(config.n_layers):
+        parts = [block.W_dec[source].detach() for block in blocks]
         if init.decoder == "zeros":
-            weight.zero_()
+            for part in parts:
+                part.zero_()
             continue
-        _draw(weight, f"W_dec.{source}", 1.0 / math.sqrt(config.reach * config.d_model), seed)
+        shape = n, len(config.targets(source)), d_model
+        _draw(parts, features, f"W_dec.{source}", shape, bound, seed)
         if init.decoder == "own_layer":
-            weight[:, 1:] = 0.0
+            for part in parts:
+                part[:, 1:] = 0.0
 
 
-def _draw(parameter: Tensor, name: str, bound: float, seed: int) -> None:
-    draws = torch.from_numpy(uniforms(seed, f"clt:{name}", 0, parameter.numel()))
-    parameter.copy_(((2.0 * draws - 1.0) * bound).reshape(parameter.shape))
+def _draw(
+    parts: Sequence[Tensor],
+    features: Sequence[slice],
+    name: str,
+    shape: tuple[int, int, int],
+    bound: float,
+    seed: int,
+) -> None:
+    """Fill blocks [feature ...] of a tensor of this shape, whose axis of features may be the second."""
+    draws = torch.from_numpy(uniforms(seed, f"clt:{name}", 0, math.prod(shape)))
+    values = ((2.0 * draws - 1.0) * bound).reshape(shape)
+    by_feature = values.transpose(0, 1) if name == "W_enc" else values
+    for part, own in zip(parts, features, strict=True):
+        part.copy_(by_feature[own])
 
 
 @torch.no_grad()
@@ -61,6 +92,7 @@ def set_firing_rates(
     on average; exact by quantile, and all features at once. For activations that select, the threshold is 0.
 
     Args:
+        clt: The transcoder, or a block of its features.
         x: Inputs of at least two rows, as the model has them.
     """
     n_rows = x.shape[1]

@@ -48,12 +48,26 @@ def auxk_loss(
     Source:
         Gao et al. 2024, arXiv:2406.04093, appendix A.2 (AuxK).
     """
+    return share_left(*auxk_errors(residual, revived, row_weights))
+
+
+def auxk_errors(
+    residual: Float[Tensor, "layer batch d_model"],
+    revived: Float[Tensor, "layer batch d_model"],
+    row_weights: Float[Tensor, "layer batch"] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The error that dead features leave over, and all of it; see `auxk_loss`."""
     goal = residual.detach()
-    errors, all_of_it = (
+    left, whole = (
         _weighted(part.square(), row_weights).mean((1, 2)).sum() for part in (goal - revived, goal)
     )
+    return left, whole
+
+
+def share_left(left: Float[Tensor, ""], whole: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Errors over all of the errors that they are left of."""
     # A layer without error has nothing left to explain; the floor keeps 0 / 0 out.
-    return errors / all_of_it.clamp(min=1e-12)
+    return left / whole.clamp(min=1e-12)
 
 
 def _weighted(squares: Tensor, row_weights: Tensor | None) -> Tensor:

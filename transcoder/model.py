@@ -67,7 +67,7 @@ class CrossLayerTranscoder(nn.Module):
         self.provenance: dict[str, Any] = {}
         """Where the weights come from, as the saved config.json records it."""
         self.training_sequences: NDArray[np.int64] | None = None
-        """`held_out.sequence_hashes` of the text it was trained on; None if that is not known."""
+        """`held_out.training_hashes` of the text it was trained on; None if that is not known."""
         n_layers, n_features, d_model = config.n_layers, config.n_features, config.d_model
         self.W_enc = nn.Parameter(torch.empty(n_layers, n_features, d_model))
         self.b_enc = nn.Parameter(torch.empty(n_layers, n_features))

@@ -2,9 +2,12 @@
 
 At `blocks.l.mlp.hook_in` layer l's features are encoded from what the MLP would read; at
 `blocks.l.hook_mlp_out` the MLP's output is replaced by the reconstruction from the features of the layers
-up to l that write to it, of this same pass. With the error terms of a pass without the splice added back,
-the result is the model's own, bit for bit. Feature edits leave the MLPs in place and add only the difference that
-the edit makes to the reconstruction, so the model's own errors are kept.
+up to l that write to it, of this same pass. With the error terms of a pass without the splice added back
+(`error_terms.py`), the result is the model's own, bit for bit. Feature edits leave the MLPs in place and add only
+the difference that the edit makes to the reconstruction, so the model's own errors are kept.
+
+A layer's features are written to all its targets as soon as they are known, so no pass holds the features of more
+than one layer.
 
 All of these are contexts on the model itself and nest with any other hooks.
 """
@@ -13,18 +16,20 @@ All of these are contexts on the model itself and nest with any other hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mdlm_interp.errors import DataError
 from mdlm_interp.hooks import HookFunction, HookPoint
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.shapes import Bool, Float, Int64
+from transcoder.error_terms import ErrorTerm, ErrorTerms
 from transcoder.identity import check_model
 from transcoder.model import CrossLayerTranscoder
 
@@ -41,26 +46,52 @@ class FeatureEdit:
     """Factor on the activation."""
 
 
-@dataclass(frozen=True)
-class ErrorTerms:
-    """MLP outputs and their reconstructions in one pass of the model, each [batch pos d_model] by layer."""
+Look: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called with a layer, its feature activations [batch pos feature], its output and its reconstruction
+[batch pos d_model]."""
 
-    y: list[Tensor]
-    y_hat: list[Tensor]
+
+class _Reconstruction:
+    """Reconstructions of some layers' outputs, summed while a pass brings the features up, layer by layer."""
+
+    def __init__(self, clt: CrossLayerTranscoder, targets: Collection[int]) -> None:
+        self._clt, self._targets = clt, targets
+        self._sums: dict[int, Tensor] = {}
+        self._skipped: dict[int, Tensor] = {}
+        self.acts: dict[int, Tensor] = {}
+        """Activations of the layer that was read last."""
 
     @property
-    def values(self) -> Float[Tensor, "layer batch pos d_model"]:
-        """What the reconstructions miss."""
-        return torch.stack(self.y) - torch.stack(self.y_hat)
+    def sources(self) -> list[int]:
+        """Layers whose features are needed."""
+        return sorted({source for target in self._targets for source in self._clt.config.sources(target)})
 
+    def read(self, layer: int, x: Float[Tensor, "batch pos d_model"]) -> None:
+        """Encode a layer's input and add what its features write."""
+        clt = self._clt
+        acts = clt.encode_layer(x, layer)
+        self.acts = {layer: acts}
+        for target in clt.config.targets(layer):
+            if target in self._targets:
+                # A pass that was stopped half way may have left a sum: the first source starts anew.
+                is_first = clt.config.sources(target)[0] == layer
+                before = clt.b_dec[target] if is_first else self._sums[target]
+                self._sums[target] = before + acts @ clt.W_dec[layer][:, target - layer]
+        if clt.W_skip is not None and layer in self._targets:
+            normalised = (x - clt.in_mean[layer]) * clt.in_scale[layer]
+            self._skipped[layer] = functional.linear(normalised, clt.W_skip[layer])
 
-@dataclass(frozen=True)
-class _Encoded:
-    """What one pass gives the decoders, by layer."""
+    def take(self, target: int) -> Float[Tensor, "batch pos d_model"]:
+        """The reconstruction of a layer's output, whose sources have all been read."""
+        total = self._sums.pop(target)
+        if target in self._skipped:
+            total = total + self._skipped.pop(target)
+        return total / self._clt.out_scale[target] + self._clt.out_mean[target]
 
-    acts: dict[int, Tensor] = field(default_factory=dict)
-    x: dict[int, Tensor] = field(default_factory=dict)
-    """Inputs of the encoders; only of a transcoder with a skip."""
+    def clear(self) -> None:
+        """Let go of all tensors."""
+        for kept in (self._sums, self._skipped, self.acts):
+            kept.clear()
 
 
 class ReplacementModel:
@@ -108,21 +139,32 @@ class ReplacementModel:
         self, input_ids: Int64[Tensor, "batch pos"], timesteps: Tensor | None = None
     ) -> ErrorTerms:
         """What the transcoder misses of each MLP's output, in the model as other hooks leave it."""
-        encoded = _Encoded()
-        outputs: dict[str, Tensor] = {}
-        y_hat: dict[str, Tensor] = {}
-        targets = {name: layer for layer, name in enumerate(self.clt.config.output_hooks)}
+        found = ErrorTerms([], [])
+
+        def compare(layer: int, acts: Tensor, y: Tensor, y_hat: Tensor) -> None:
+            found.terms.append(ErrorTerm.between(y, y_hat))
+            found.y_hat.append(y_hat)
+
+        with self.watched(compare):
+            self.model(input_ids, timesteps)
+        return found
+
+    @contextmanager
+    def watched(self, look: Look) -> Iterator[None]:
+        """Reconstruct every MLP's output beside the model, which stays as it is, and call `look` with each."""
+        config = self.clt.config
+        layers = {name: layer for layer, name in enumerate(config.output_hooks)}
+        reconstruction = _Reconstruction(self.clt, range(config.n_layers))
 
         def compare(tensor: Tensor, hook: HookPoint) -> None:
-            outputs[hook.name] = tensor
-            y_hat[hook.name] = self._decode_to(targets[hook.name], encoded)
+            layer = layers[hook.name]
+            look(layer, reconstruction.acts[layer], tensor, reconstruction.take(layer))
 
         with (
-            self._encoding(self.clt.config.n_layers, encoded),
-            self._hooks(dict.fromkeys(targets, compare), read_only=True),
+            self._encoding(reconstruction),
+            self._hooks(dict.fromkeys(layers, compare), read_only=True),
         ):
-            self.model(input_ids, timesteps)
-        return ErrorTerms([outputs[name] for name in targets], [y_hat[name] for name in targets])
+            yield
 
     def activations(
         self, input_ids: Int64[Tensor, "batch pos"], timesteps: Tensor | None = None
@@ -157,19 +199,16 @@ class ReplacementModel:
             errors: Added to the reconstructions; from `error_terms`, on the same input.
         """
         chosen = self._layers(layers)
-        encoded = _Encoded()
+        reconstruction = _Reconstruction(self.clt, frozenset(chosen))
 
         def write(target: int) -> HookFunction:
             def replace(tensor: Tensor, hook: HookPoint) -> Tensor:
-                y_hat = self._decode_to(target, encoded)
-                if errors is None:
-                    return y_hat
-                # Not y_hat + (y - y_hat): this way the output keeps its bits while the reconstruction does.
-                return errors.y[target] + (y_hat - errors.y_hat[target])
+                y_hat = reconstruction.take(target)
+                return y_hat if errors is None else errors.terms[target].added_to(y_hat)
 
             return replace
 
-        with self._encoding(max(chosen, default=-1) + 1, encoded), self._writing(chosen, write):
+        with self._encoding(reconstruction), self._writing(chosen, write):
             yield
 
     @contextmanager
@@ -227,9 +266,6 @@ class ReplacementModel:
         with self._hooks(reading, read_only=True), self._writing(list(targets), write):
             yield
 
-    def _decode_to(self, target: int, encoded: _Encoded) -> Tensor:
-        return self.clt.decode_to(target, encoded.acts, encoded.x.get(target))
-
     def _layers(self, layers: Sequence[int] | None) -> list[int]:
         n_layers = self.clt.config.n_layers
         chosen = list(range(n_layers)) if layers is None else list(layers)
@@ -239,24 +275,18 @@ class ReplacementModel:
         return chosen
 
     @contextmanager
-    def _encoding(self, n_layers: int, encoded: _Encoded) -> Iterator[None]:
-        """Keep the feature activations of the first layers of each pass, and what a skip reads."""
+    def _encoding(self, reconstruction: _Reconstruction) -> Iterator[None]:
+        """Reconstruct from the inputs of each pass."""
 
         def read(layer: int) -> HookFunction:
-            def encode(tensor: Tensor, hook: HookPoint) -> None:
-                encoded.acts[layer] = self.clt.encode_layer(tensor, layer)
-                if self.clt.config.skip:
-                    encoded.x[layer] = tensor
+            return lambda tensor, hook: reconstruction.read(layer, tensor)
 
-            return encode
-
-        functions = {self.clt.config.input_hooks[layer]: read(layer) for layer in range(n_layers)}
+        functions = {self.clt.config.input_hooks[layer]: read(layer) for layer in reconstruction.sources}
         try:
             with self._hooks(functions, read_only=True):
                 yield
         finally:
-            encoded.acts.clear()
-            encoded.x.clear()
+            reconstruction.clear()
 
     @contextmanager
     def _writing(self, layers: Sequence[int], write: Callable[[int], HookFunction]) -> Iterator[None]:

@@ -3,12 +3,13 @@
 A figure without a value is null in JSON and "undefined" elsewhere, with its reason.
 """
 
+# Axes: layer, t_bin
+
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,17 @@ import numpy as np
 
 from mdlm_interp.atomic_files import replacing
 from mdlm_interp.errors import OutputExistsError
+from transcoder import eval_tables
 from transcoder.checkpoint import write_json
 from transcoder.data import Coverage, RowStore, coverage
-from transcoder.evaluation import MEAN, ORIGINAL, REPLACED, ZERO, Evaluation
-from transcoder.metrics import STRATA
-from transcoder.plots import (
-    DOTS_PER_INCH,
-    UNDEFINED,
-    plot_density,
-    plot_fvu,
-    plot_nelbo,
-    plot_training,
-)
+from transcoder.eval_error_terms import NATIVE_BOUND
+from transcoder.eval_json import to_json
+from transcoder.eval_passes import KINDS
+from transcoder.eval_scores import ABLATIONS, MEAN, ORIGINAL, REPLACED, ZERO, Condition
+from transcoder.eval_tables import UNDEFINED, figure, number, t_name
+from transcoder.evaluation import Evaluation
+from transcoder.metrics import DENSE
+from transcoder.plots import DOTS_PER_INCH, plot_density, plot_fvu, plot_nelbo, plot_training
 
 if TYPE_CHECKING:
     from transcoder.model import CrossLayerTranscoder
@@ -37,6 +37,17 @@ MARKDOWN = "report.md"
 MEAN_NOTE = (
     "Ablation to the mean can cost more than to zero: the mean mixes masked and unmasked positions, which layer 0 "
     "sets far apart, so what it writes fits neither."
+)
+IN_MODEL_NOTE = (
+    "All conditions see the same noised sequences; ± is one standard error over sequences, of the paired "
+    "difference where a change is shown. NELBO and top-1 agreement are of masked positions (SUBS copies the "
+    "others); raw KL is of the logits before SUBS at unmasked ones, which no loss and no sampler reads."
+)
+RECONSTRUCTION_NOTE = (
+    "FVU: squared error over variance. EV pooled: 1 - sum of var(error) / sum of var(target) over dimensions, a "
+    "constant error being free; EV by dimension: mean over dimensions of 1 - var(error) / var(target). Variances "
+    "are about the mean of the positions looked at. Dead: active at none of them; "
+    f"dense: share of features active at more than {DENSE:.0%}."
 )
 
 
@@ -69,8 +80,8 @@ def write_report(
     with ExitStack() as stack:
         # Each gets its name when the stack ends: after all are written.
         partial = {name: stack.enter_context(replacing(out / name)) for name in names}
-        for name, figure in figures.items():
-            figure.savefig(partial[name], dpi=DOTS_PER_INCH)
+        for name, drawn in figures.items():
+            drawn.savefig(partial[name], dpi=DOTS_PER_INCH)
         partial[MARKDOWN].write_text(text, encoding="utf-8")
         write_json(partial[REPORT], {"about": dict(about), **to_json(evaluation)})
     return [out / name for name in names]
@@ -92,98 +103,101 @@ def refuse_existing(out: Path) -> None:
             raise OutputExistsError(f"{out / name} exists; choose another out directory")
 
 
-def to_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Every figure as plain values; what is undefined becomes null."""
-    content = {
-        "n_sequences": evaluation.n_sequences,
-        "n_positions": evaluation.n_positions,
-        "n_masked": evaluation.n_masked,
-        "n_excluded": evaluation.n_excluded,
-        "undefined": evaluation.undefined,
-        "share_recovered": evaluation.share_recovered,
-        "conditions": {
-            name: {**asdict(score), "delta_nelbo": evaluation.delta_nelbo(name)}
-            for name, score in evaluation.conditions.items()
-        },
-        "replaced_alone": [asdict(score) for score in evaluation.replaced_alone],
-        "zero_alone": [asdict(score) for score in evaluation.zero_alone],
-        "share_recovered_alone": evaluation.share_recovered_alone,
-        "layers": {name: [asdict(layer) for layer in layers] for name, layers in evaluation.layers.items()},
-        "density": evaluation.density.tolist(),
-    }
-    return {key: _without_nan(value) for key, value in content.items()}
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def markdown(evaluation: Evaluation, about: Mapping[str, Any]) -> list[str]:
     """The report's lines."""
-    conditions = evaluation.conditions
+    scores = evaluation.scores
     lines = [
         "# Cross-layer transcoder: evaluation",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
-    ]
-    lines += [
         f"- {evaluation.n_sequences} sequences, {evaluation.n_positions:,} positions, "
         f"{evaluation.n_masked:,} masked",
         f"- {held_out(evaluation)}",
         "",
         "## In the model",
         "",
-        f"Share of the MLPs' contribution recovered, (zero - replaced) / (zero - original): "
-        f"**{number(evaluation.share_recovered, '.3f')}**.",
+        f"Share of the MLPs' contribution recovered, (ablated - replaced) / (ablated - original): "
+        f"**{figure(evaluation.share_recovered, '.3f')}** of what ablation to zero costs, "
+        f"{figure(scores.recovered(None, 'mean'), '.3f')} of what ablation to the mean costs.",
         "",
-        *table(
-            ["condition", "NELBO (nats/token)", "change", "KL from original (nats)", "top-1 agreement"],
-            [
-                [
-                    name if name == ORIGINAL else f"all MLPs: {name}",
-                    number(score.nelbo, ".3f"),
-                    number(evaluation.delta_nelbo(name), "+.3f"),
-                    number(score.kl, ".3f"),
-                    number(score.top1_agreement, ".1%"),
-                ]
-                for name, score in conditions.items()
-            ],
-        ),
+        *eval_tables.conditions_table(evaluation),
+        "",
+        IN_MODEL_NOTE,
         "",
         MEAN_NOTE,
         "",
-        "## By layer",
+        "### Each MLP alone",
         "",
-        "Reconstruction over all positions; change of the bound with that one MLP replaced, or zeroed.",
+        *eval_tables.alone_tables(evaluation),
         "",
-        *layer_table(evaluation),
+        "### By t",
         "",
-        "FVU: fraction of variance unexplained. EV: variance explained, a constant error being free. Dead: "
-        "active at none of the evaluated positions.",
+        "All MLPs at once, over the sequences of each part of [0, 1] that has any; few make a rough standard error.",
+        "",
+        *eval_tables.by_t_tables(evaluation),
+        "",
+        "## Reconstruction",
+        "",
+        *eval_tables.reconstruction_table(evaluation),
+        "",
+        RECONSTRUCTION_NOTE,
     ]
+    for stratum in ("unmasked", "masked"):
+        lines += ["", f"FVU at {stratum} positions, by t:", "", *eval_tables.fvu_by_t(evaluation, stratum)]
+    lines += ["", "## Error terms", "", *error_term_lines(evaluation)]
     reasons = undefined_figures(evaluation)
     if reasons:
-        lines += ["", "Undefined:", "", *(f"- {reason}" for reason in reasons)]
+        lines += ["", "## Undefined", "", *(f"- {reason}" for reason in reasons)]
     return lines
 
 
-def summary(evaluation: Evaluation) -> list[str]:
-    """The evaluation in three lines, and one more for each figure that is undefined."""
-    layers = evaluation.layers["all"]
-    changes = {name: number(evaluation.delta_nelbo(name), "+.3f") for name in (REPLACED, ZERO, MEAN)}
+def error_term_lines(evaluation: Evaluation) -> list[str]:
+    """What came of adding the error terms back."""
+    check = evaluation.error_terms
+    if check is None:
+        return ["Error terms were not added back: that was not asked for."]
+    where = f"{check.n_logits:,} logits of {check.n_sequences} sequences"
+    if check.oracle_differing is None:
+        exact = f"not asked, as {check.undefined}"
+    elif check.oracle_differing == 0:
+        exact = f"all {where} are the model's own, bit for bit"
+    else:
+        exact = f"**{check.oracle_differing:,} of {where} differ from the model's own**"
+    verdict = "within" if check.within_bound else "**beyond**"
     return [
+        "With what it misses added to each reconstruction (`transcoder/error_terms.py`), the model comes back:",
+        "",
+        f"- under the oracle: {exact}",
+        f"- natively: {check.native_differing:,} of {where} differ, by at most {check.native_difference:.1e} of "
+        f"their root mean square, {verdict} the bound of {NATIVE_BOUND:g}",
+        f"- without error terms: by at most {check.without_difference:.1e}",
+        "",
+        "This shows that the splice reads and writes in the right places and that nothing but these terms separates "
+        "the replacement from the model. It says nothing about the transcoder's quality.",
+    ]
+
+
+def summary(evaluation: Evaluation) -> list[str]:
+    """The evaluation in a few lines, and one more for each kind of figure that is undefined."""
+    layers = evaluation.layers["all"]
+    changes = {name: figure(evaluation.delta_nelbo(name), "+.3f") for name in (REPLACED, ZERO, MEAN)}
+    check = evaluation.error_terms
+    lines = [
         held_out(evaluation),
         f"reconstruction: FVU {mean_fvu(evaluation)}, L0 {np.mean([layer.l0 for layer in layers]):.1f} per "
-        f"layer, {sum(layer.dead for layer in layers)} of {evaluation.density.size} features dead",
-        f"in the model: NELBO {number(evaluation.conditions[ORIGINAL].nelbo, '.3f')} nats/token; all MLPs "
+        f"layer, {sum(layer.dead or 0 for layer in layers)} of {evaluation.density['all'].size} features dead",
+        f"in the model: NELBO {number(evaluation.scores.nelbo(ORIGINAL).value, '.3f')} nats/token; all MLPs "
         f"replaced {changes[REPLACED]}, zeroed {changes[ZERO]}, mean {changes[MEAN]}; share recovered "
-        f"{number(evaluation.share_recovered, '.1%')}",
-        *(f"undefined: {reason}" for reason in undefined_figures(evaluation)),
+        f"{figure(evaluation.share_recovered, '.1%')}",
     ]
+    if check is not None:
+        exact = "not asked" if check.oracle_differing is None else f"{check.oracle_differing:,} logits differ"
+        lines.append(
+            f"error terms added back: of {check.n_logits:,} logits, under the oracle {exact}; natively at most "
+            f"{check.native_difference:.1e} of their rms ({'within' if check.within_bound else 'BEYOND'} "
+            f"{NATIVE_BOUND:g})"
+        )
+    return [*lines, *(f"undefined: {reason}" for reason in undefined_figures(evaluation, by_t=False))]
 
 
 def held_out(evaluation: Evaluation) -> str:
@@ -196,26 +210,55 @@ def held_out(evaluation: Evaluation) -> str:
     )
 
 
-def undefined_figures(evaluation: Evaluation) -> list[str]:
-    """Each figure without a value, and why; one line for all layers with one reason."""
-    reasons = [f"{name}: {reason}" for name, reason in evaluation.undefined.items()]
+def undefined_figures(evaluation: Evaluation, *, by_t: bool = True) -> list[str]:
+    """Each figure without a value, and why; one line for all layers or t-bins with one reason."""
+    scores = evaluation.scores
+    names = [ORIGINAL, *(Condition(kind) for kind in KINDS)]
+    names += [Condition(kind, layer) for kind in KINDS for layer in range(evaluation.n_layers)]
+    reasons: list[str] = []
+    for condition in names:
+        found = (scores.nelbo(condition).undefined, scores.kl(condition).undefined)
+        reasons += [f"{condition}: {reason}" for reason in dict.fromkeys(found) if reason is not None]
+    for layer in (None, *range(evaluation.n_layers)):
+        for against in ABLATIONS:
+            reason = scores.recovered(layer, against).undefined
+            if reason is not None:
+                what = "all MLPs" if layer is None else f"MLP {layer}"
+                reasons.append(f"share recovered of ablation to {against}, {what}: {reason}")
     for stratum, layers in evaluation.layers.items():
         by_reason: dict[str, list[str]] = {}
-        for layer, metrics in enumerate(layers):
+        for number_of, metrics in enumerate(layers):
             if metrics.undefined is not None:
-                by_reason.setdefault(metrics.undefined, []).append(str(layer))
+                by_reason.setdefault(metrics.undefined, []).append(str(number_of))
         for reason, numbers in by_reason.items():
             reasons.append(f"FVU and EV, {stratum} positions, layer {', '.join(numbers)}: {reason}")
-    return reasons
+    return reasons + (_undefined_by_t(evaluation) if by_t else [])
 
 
-def number(value: float, spec: str) -> str:
-    """A figure as text.
-
-    >>> number(0.25, ".1%"), number(float("nan"), ".3f")
-    ('25.0%', 'undefined')
-    """
-    return format(value, spec) if math.isfinite(value) else UNDEFINED
+def _undefined_by_t(evaluation: Evaluation) -> list[str]:
+    """The same for parts of [0, 1]; report.json has each reason in full."""
+    scores, bins = evaluation.scores, range(evaluation.t_bins)
+    groups: dict[str, list[str]] = {}
+    for t_bin in bins:
+        name, chosen = t_name(evaluation, t_bin), scores.chosen(t_bin)
+        if not chosen.any():
+            groups.setdefault("all figures: no sequence has such a t", []).append(name)
+            continue
+        if not scores.n_masked[chosen].any():
+            groups.setdefault("KL and top-1: no position is masked", []).append(name)
+        if chosen.sum() == 1:
+            groups.setdefault("standard errors: one sequence only", []).append(name)
+        if math.isnan(scores.recovered(None, "zero", t_bin).value):
+            key = "share recovered, all MLPs: ablation to zero costs next to nothing"
+            groups.setdefault(key, []).append(name)
+        for stratum in ("unmasked", "masked"):
+            for layer, found in enumerate(evaluation.layers_by_t[stratum][t_bin]):
+                if found.undefined is not None and found.n_rows:
+                    key = f"FVU and EV, {stratum} positions, layer {layer}: these positions hardly vary"
+                    groups.setdefault(key, []).append(name)
+            if not evaluation.layers_by_t[stratum][t_bin][0].n_rows:
+                groups.setdefault(f"reconstruction, {stratum}: no such positions", []).append(name)
+    return [f"t {', '.join(names)}: {reason}" for reason, names in groups.items()]
 
 
 def mean_fvu(evaluation: Evaluation, *, explained: bool = False) -> str:
@@ -230,40 +273,5 @@ def mean_fvu(evaluation: Evaluation, *, explained: bool = False) -> str:
 
 
 def layer_table(evaluation: Evaluation) -> list[str]:
-    """The table of layers."""
-    original = evaluation.conditions[ORIGINAL].nelbo
-    columns = zip(
-        *(evaluation.layers[stratum] for stratum in STRATA),
-        evaluation.replaced_alone,
-        evaluation.zero_alone,
-        evaluation.share_recovered_alone,
-        strict=True,
-    )
-    rows = [
-        [
-            str(index),
-            *(number(layer.fvu, ".3f") for layer in (every, unmasked, masked)),
-            number(every.explained_variance, ".3f"),
-            number(every.cosine, ".3f"),
-            number(every.l0, ".1f"),
-            str(every.dead),
-            number(replaced.nelbo - original, "+.3f"),
-            number(zero.nelbo - original, "+.3f"),
-            number(share, ".3f"),
-        ]
-        for index, (every, unmasked, masked, replaced, zero, share) in enumerate(columns)
-    ]
-    head = ["layer", "FVU", "FVU unmasked", "FVU masked", "EV", "cosine", "L0", "dead"]
-    return table([*head, "NELBO replaced", "NELBO zeroed", "recovered"], rows)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns line up, numbers to the right."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        right = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"| {' | '.join([cells[0].ljust(widths[0]), *right])} |"
-
-    rule = f"| {' | '.join(['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])])} |"
-    return [line(head), rule, *map(line, rows)]
+    """The table of layers for the terminal."""
+    return eval_tables.overview_table(evaluation)

@@ -4,6 +4,8 @@
 2. The loop trains and saves states.
 3. A BatchTopK is calibrated on held-out rows, plots are drawn, and the transcoder is saved: config.json last, so that
    a run which dies before continues from its last state.
+
+Processes that torchrun started do step 2 together; the first does 1 and 3 for all, with the whole transcoder.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from capture import ActivationStore, open_store
@@ -25,13 +26,16 @@ from mdlm_interp.config_files import to_mapping
 from mdlm_interp.devices import usable_device
 from mdlm_interp.errors import CheckpointError, OutputExistsError
 from transcoder.calibration import calibrated
-from transcoder.checkpoint import CONFIG, read_json, save_clt, write_json
+from transcoder.checkpoint import CONFIG, load_clt, read_json, save_clt, write_json
 from transcoder.config import METRICS, CLTRunConfig
 from transcoder.data import coverage
-from transcoder.held_out import sequence_hashes
+from transcoder.held_out import training_hashes
 from transcoder.initialisation import set_firing_rates
 from transcoder.model import CrossLayerTranscoder
 from transcoder.run_plots import draw_run
+from transcoder.scale_out.layout import Layout, layout_of
+from transcoder.scale_out.processes import Processes, joined_processes, own_device, threads_of
+from transcoder.scale_out.shards import feature_blocks, whole
 from transcoder.sources import Source, StoreSource
 from transcoder.trainer import Trainer, fit
 from transcoder.training_log import trim_log
@@ -46,7 +50,7 @@ RUN = "run.json"
 """File beside the saved states that says whose they, and the metrics, are; there from the run's start."""
 
 RESUMABLE_CHANGES = frozenset(
-    {"store", "out", "device", "model"}
+    {"store", "out", "device", "model", "train.mesh", "train.timeout_s"}
     | {
         f"train.{name}"
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "plots", "tensorboard")
@@ -63,28 +67,67 @@ def train(
 ) -> CrossLayerTranscoder:
     """Train to the end, continuing the run found in config.out, and save the transcoder there.
 
+    Started by torchrun, its processes train together, and each returns the transcoder. They must see the same
+    store and the same config.out.
+
     Args:
         store: The opened store, if not the one at config.store.
         progress: Show a bar on a terminal.
     Raises:
+        ConfigError: If the processes cannot share the rows and features evenly.
         OutputExistsError: If config.out holds a finished run, or metrics that no run here can continue.
         CheckpointError: If it holds a run with other settings or on another store.
         StoreError: If the store does not say with which model and tokenizer it was captured, or a row of it is not
             what that model computes.
         DataError: If the loss is not finite, or the store has too little in it.
+        LostProcessError: If another process is gone; the same command continues from the last saved state.
         WriteError: If the disk is full or failing; the same command continues from the last saved state.
         KeyboardInterrupt: After saving the state, on Ctrl-C or SIGTERM.
     """
-    if (config.out / CONFIG).exists():
-        raise OutputExistsError(f"{config.out} holds a finished transcoder; choose another out directory")
-    refuse_foreign_log(config.out)
+    settings = config.train
+
+    def layout(rank: int, world_size: int) -> Layout:
+        return layout_of(
+            settings.blocks,
+            settings.mesh,
+            rank=rank,
+            world_size=world_size,
+            batch_size=settings.batch_size,
+            n_features=config.n_features,
+        )
+
+    with (
+        joined_processes(usable_device(config.device), settings.timeout_s, layout) as processes,
+        # Sums within a kernel go by threads.
+        threads_of(None if settings.blocks is None else 1),
+    ):
+        return _train(config, store, processes, progress=progress)
+
+
+def _train(
+    config: CLTRunConfig, store: ActivationStore | None, processes: Processes, *, progress: bool
+) -> CrossLayerTranscoder:
+    processes.first(lambda: _refuse_existing(config.out))
     source = source_of(config, store)
-    trainer = prepare(config, source)
-    with write_errors(config.out):
-        config.out.mkdir(parents=True, exist_ok=True)
-    begin_log(config.out, trainer)
+    trainer = prepare(config, source, processes)
+    processes.first(lambda: _begin(config.out, trainer))
     fit(trainer, config.out, progress=progress)
-    return finish(config, trainer.clt, source)
+    clt = whole(trainer.blocks, processes)
+    found: list[CrossLayerTranscoder] = []  # of the first process
+    processes.first(lambda: found.append(finish(config, clt, source)))
+    return found[0] if found else load_clt(config.out, device=clt.b_enc.device)
+
+
+def _refuse_existing(out: Path) -> None:
+    if (out / CONFIG).exists():
+        raise OutputExistsError(f"{out} holds a finished transcoder; choose another out directory")
+    refuse_foreign_log(out)
+
+
+def _begin(out: Path, trainer: Trainer) -> None:
+    with write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    begin_log(out, trainer)
 
 
 def source_of(config: CLTRunConfig, store: ActivationStore | None = None) -> Source:
@@ -146,32 +189,42 @@ def _has_content(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def prepare(config: CLTRunConfig, source: Source) -> Trainer:
-    """A new run, or the one saved in config.out."""
-    device = usable_device(config.device)
+def prepare(config: CLTRunConfig, source: Source, processes: Processes | None = None) -> Trainer:
+    """A new run, or the one saved in config.out.
+
+    Args:
+        processes: That train together; none for this one alone.
+    """
+    together = processes or Processes()
+    device = own_device(usable_device(config.device))
     shape = config.shape(*source.dimensions)
     batches = source.batches(shape)
     norms = (source.normalisation(shape.input_hooks), source.normalisation(shape.output_hooks))
-    clt = CrossLayerTranscoder(shape, *norms, seed=config.train.seed, init=config.init).to(device)
-    clt.training_sequences = np.unique(sequence_hashes(source.x_0)[source.split.train])
-    provenance = _provenance(config, clt, source.record(shape))
-    trainer = Trainer(clt, batches, config.train)
+    seed, layout = config.train.seed, together.layout
+    blocks = feature_blocks(shape, norms, seed=seed, init=config.init, layout=layout, device=device)
+    sequences, windows = training_hashes(source.x_0[source.split.train])
+    record = {**source.record(shape), "text_windows": windows}
+    provenance = _provenance(config, blocks[0], record)
+    trainer = Trainer(blocks, batches, config.train, together)
     saved = latest_training_state(config.out)
     if saved is None:
         if config.init.active_features is not None:
             rows = _first_rows(trainer, config.init.rows).to(device)
-            set_firing_rates(clt, rows, config.init.active_features)
-        clt.provenance = {**provenance, "verification": source.verified(shape)}
-        return trainer
-    tensors, state = load_training_state(saved)
-    try:
-        before = state["provenance"]
-        _check_same_run(before, provenance, saved)
-        trainer.restore(tensors, state)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise damaged_state(saved, error) from None
-    clt.provenance = {**provenance, "verification": before.get("verification")}
-    logger.info("continuing from %s", saved)
+            for block in blocks:
+                set_firing_rates(block, rows, config.init.active_features)
+        verification = together.first(lambda: source.verified(shape))
+    else:
+        tensors, state = load_training_state(saved, together)
+        try:
+            _check_same_run(state["provenance"], provenance, saved)
+            verification = state["provenance"].get("verification")
+            trainer.restore(tensors, state)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise damaged_state(saved, error) from None
+        logger.info("continuing from %s", saved)
+    for block in blocks:
+        block.training_sequences = sequences
+        block.provenance = {**provenance, "verification": verification}
     return trainer
 
 

@@ -14,7 +14,6 @@ from mdlm_interp.shapes import Int64
 from transcoder.batches import Batch, Batches, StoreBatches, held_out_batches
 from transcoder.config import CLTRunConfig, TranscoderConfig
 from transcoder.data import SequenceSplit, coverage, infer_shape, split_sequences, store_normalisation
-from transcoder.held_out import cut_of
 from transcoder.identity import make_probe, store_origin
 from transcoder.normalisation import Normalisation
 from transcoder.verified_targets import verified_targets
@@ -97,12 +96,11 @@ class StoreSource:
         return held_out_batches(store, self.split.held_out, train, shape.input_hooks, shape.output_hooks)
 
     def record(self, shape: TranscoderConfig) -> dict[str, Any]:
-        """Hashes of the store, how much of it there is, how its text was cut, and the probe."""
+        """Hashes of the store, how much of it there is, and the probe."""
         store = self._store
         of_store = {
             "fingerprint": store.fingerprint(),
             "coverage": coverage(store)._asdict(),
-            "cut": cut_of(store),
             "provenance": dict(store.provenance),
         }
         return {"store": of_store, "probe": make_probe(store, shape)}

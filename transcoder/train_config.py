@@ -75,6 +75,13 @@ class TrainConfig:
     """Key of the initial weights and of the order of rows."""
     verify_sequences: int | None = 2
     """Sequences whose rows are recomputed by the oracle before training; none trains without this proof."""
+    blocks: tuple[int, int] | None = None
+    """Blocks of a batch's rows and of the features, such as 2,4, which processes share and whose sums are added in
+    order: the same bits on any number of processes, each with one thread; none adds as the network likes."""
+    mesh: tuple[int, int] | None = None
+    """Processes along data and features, as torchrun starts them; none divides features first, then data."""
+    timeout_s: int = 1800
+    """Seconds that a process waits for the others."""
     log_every: int = 10
     """Steps between lines of metrics."""
     checkpoint_every: int = 500
@@ -93,8 +100,11 @@ class TrainConfig:
             "steps batch_size dead_after_tokens window_chunks log_every checkpoint_every keep_checkpoints"
         )
         require_at_least_one(
-            self, [*counts.split(), "k_start", "t_bins", "calibration_rows", "verify_sequences"]
+            self, [*counts.split(), "k_start", "t_bins", "calibration_rows", "verify_sequences", "timeout_s"]
         )
+        for name in ("blocks", "mesh"):
+            pair = getattr(self, name)
+            require_in(self, name, "two numbers from 1, data and feature", pair is None or min(pair) >= 1)
         require_in(self, "warmup_steps", "at least 0", self.warmup_steps >= 0)
         require_in(self, "seed", "in [0, 2**64)", 0 <= self.seed < 2**64)
         # Written so that nan breaks them too.

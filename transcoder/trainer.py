@@ -3,6 +3,8 @@
 step = one batch through the objective, gradients clipped by the norm of all of them together, Adam. Each batch and
 each schedule is a pure function of (config, step), and the state has the weights, both Adam moments and the dead
 counters, so a resumed run has the bits of an uninterrupted one.
+
+Several processes may train together (`scale_out`): each has some blocks of rows and of features.
 """
 
 # Axes: layer, row, d_model, feature
@@ -10,6 +12,9 @@ counters, so a resumed run has the bits of an uninterrupted one.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +30,15 @@ from transcoder.batches import Batch, Batches
 from transcoder.checkpoint import write_json
 from transcoder.kernels import GradientBuffers
 from transcoder.model import CrossLayerTranscoder
-from transcoder.objective import Outcome, objective
+from transcoder.objective import DataBlock, Outcome, objective_of_blocks
 from transcoder.row_weights import row_weights
+from transcoder.scale_out.gradients import backward, clip
+from transcoder.scale_out.processes import Processes
+from transcoder.scale_out.shards import joined, parts_of
 from transcoder.schedules import active_features, learning_rate, sparsity_weight
 from transcoder.sinks import MetricSinks
 from transcoder.train_config import TrainConfig
-from transcoder.training_state import CHECKPOINTS, save_training_state
+from transcoder.training_state import CHECKPOINTS, save_together, save_training_state
 
 
 class StepMetrics(NamedTuple):
@@ -63,53 +71,96 @@ class NonFiniteError(DataError):
 
 
 class Trainer:
-    """One run: the transcoder, its optimiser, the dead counters and the step they are at."""
+    """One run: the transcoder, its optimiser, the dead counters and the step they are at.
 
-    def __init__(self, clt: CrossLayerTranscoder, batches: Batches, config: TrainConfig) -> None:
-        self.clt, self.batches, self.config = clt, batches, config
-        self.optimiser = torch.optim.Adam(clt.parameters(), lr=config.lr, betas=config.betas, fused=True)
-        self.gradients = GradientBuffers([clt.W_enc, *clt.W_dec])
-        self.rows_since_active = torch.zeros(clt.b_enc.shape, dtype=torch.int64, device=clt.b_enc.device)
+    Args:
+        clt: The transcoder, or this process's feature blocks of it.
+        batches: Whole batches; a process takes its rows of them.
+        processes: That train together; none for this one alone.
+    """
+
+    def __init__(
+        self,
+        clt: CrossLayerTranscoder | Sequence[CrossLayerTranscoder],
+        batches: Batches,
+        config: TrainConfig,
+        processes: Processes | None = None,
+    ) -> None:
+        self.blocks = [clt] if isinstance(clt, CrossLayerTranscoder) else list(clt)
+        self.batches, self.config, self.processes = batches, config, processes or Processes()
+        # By identity: the blocks share b_dec and W_skip.
+        self.parameters = list(dict.fromkeys(p for block in self.blocks for p in block.parameters()))
+        self.optimiser = torch.optim.Adam(self.parameters, lr=config.lr, betas=config.betas, fused=True)
+        large = [p for block in self.blocks for p in (block.W_enc, *block.W_dec)]
+        self.gradients = [GradientBuffers(large) for _ in self.processes.layout.data_blocks]
+        self.counters = [torch.zeros_like(block.b_enc, dtype=torch.int64) for block in self.blocks]
+        """Rows since each feature of each block was active."""
         self.step_number = 0
         self.recent: list[StepMetrics] = []
         """Of the steps since the last line of metrics."""
+
+    @property
+    def clt(self) -> CrossLayerTranscoder:
+        """The transcoder, or the first block of it, whose config and provenance are the whole one's."""
+        return self.blocks[0]
+
+    @property
+    def rows_since_active(self) -> Tensor:
+        """Of this process's features [layer feature]."""
+        return self.counters[0] if len(self.counters) == 1 else torch.cat(self.counters, 1)
 
     def step(self) -> StepMetrics:
         """One optimiser step.
 
         Raises:
-            NonFiniteError: If the loss or its gradient is not finite; nothing is changed then.
+            NonFiniteError: If the loss or its gradient is not finite, on all processes alike; nothing is changed then.
         """
-        clt, config, device = self.clt, self.config, self.clt.b_enc.device
+        config, processes = self.config, self.processes
         batch = self.batches.batch(self.step_number)
-        weights = row_weights(
-            config.row_weights, batch.is_masked.to(device), batch.t.to(device), len(batch.x)
-        )
-        is_dead = self.rows_since_active >= config.dead_after_tokens
-        x, y = batch.x.to(device), batch.y.to(device)
+        n_rows = batch.x.shape[1]
+        is_dead = [counter >= config.dead_after_tokens for counter in self.counters]
         self.optimiser.zero_grad(set_to_none=True)
-        self.gradients.release()
-        found = objective(
-            clt,
-            x,
-            y,
+        found = objective_of_blocks(
+            self.blocks,
+            self._rows(batch),
             config,
             step=self.step_number,
             is_dead=is_dead,
-            row_weights=weights,
-            grads=self.gradients,
+            processes=processes,
         )
-        torch.autograd.backward(found.loss)
-        grad_norm = torch.nn.utils.clip_grad_norm_(clt.parameters(), config.grad_clip or float("inf"))
+        backward(found.shares, self.parameters, self.gradients, processes)
+        shared = [self.clt.b_dec, self.clt.W_skip]
+        grad_norm = clip(self.blocks, shared, config.grad_clip or float("inf"), processes)
         if not bool(torch.isfinite(found.loss) & torch.isfinite(grad_norm)):
             raise self._not_finite(found.loss, grad_norm, batch)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(config, self.step_number)
         self.optimiser.step()
-        self.rows_since_active += batch.x.shape[1]
-        self.rows_since_active[found.active_counts > 0] = 0
+        own_counts = found.active_counts.chunk(len(self.blocks), 1)
+        for counter, counts in zip(self.counters, own_counts, strict=True):
+            counter += n_rows
+            counter[counts > 0] = 0
         self.step_number += 1
-        return _metrics(found, int(is_dead.count_nonzero()), grad_norm.item(), batch.x.shape[1])
+        numbers = torch.stack([*found.active_counts.sum(1), sum_of(is_dead)])
+        *active, dead = processes.count(numbers, "feature").tolist()
+        return _metrics(found, dead, grad_norm.item(), [count / n_rows for count in active])
+
+    def _rows(self, batch: Batch) -> list[DataBlock]:
+        """This process's data blocks, each with memory for its gradients."""
+        device, layout = self.clt.b_enc.device, self.processes.layout
+        weights = row_weights(
+            self.config.row_weights, batch.is_masked.to(device), batch.t.to(device), len(batch.x)
+        )
+        cuts = [layout.rows(number, batch.x.shape[1]) for number in layout.data_blocks]
+        return [
+            DataBlock(
+                batch.x[:, cut].to(device).contiguous(),
+                batch.y[:, cut].to(device).contiguous(),
+                None if weights is None else weights[:, cut],
+                grads,
+            )
+            for cut, grads in zip(cuts, self.gradients, strict=True)
+        ]
 
     def _not_finite(self, loss: Tensor, grad_norm: Tensor, batch: Batch) -> NonFiniteError:
         bad = ~(batch.x.isfinite().all(2).all(0) & batch.y.isfinite().all(2).all(0)).numpy()
@@ -129,19 +180,32 @@ class Trainer:
             "rows_not_finite": batch.rows[bad].tolist(),
             "t": batch.t.tolist(),
             **{name: values.tolist() for name, values in batch.where.items()},
-            "parameters_not_finite": [
-                name for name, value in self.clt.named_parameters() if not bool(value.isfinite().all())
-            ],
+            "parameters_not_finite": self._parameters_not_finite(),
         }
         return NonFiniteError(f"the loss of step {self.step_number} is {figures}: {cause}", record)
 
+    def _parameters_not_finite(self) -> list[str]:
+        """Names of the parameters of which some process has values that are not finite."""
+        names = [name for name, _ in self.clt.named_parameters()]
+        bad = [
+            sum(not bool(block.get_parameter(name).isfinite().all()) for block in self.blocks)
+            for name in names
+        ]
+        counts = self.processes.count(torch.tensor(bad, device=self.clt.b_enc.device), "feature").tolist()
+        return [name for name, count in zip(names, counts, strict=True) if count]
+
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is not one number: weights and normalisation, Adam's state, counters, by name."""
-        tensors = {f"clt.{name}": tensor for name, tensor in self.clt.state_dict().items()}
-        tensors["rows_since_active"] = self.rows_since_active
-        for name, parameter in self.clt.named_parameters():
-            for key, value in self.optimiser.state[parameter].items():
-                tensors[f"adam.{key}.{name}"] = value
+        """Everything that is not one number: weights and normalisation, Adam's state, counters, by name.
+
+        Those that go by features are DTensors if other processes have more of them.
+        """
+        parts: dict[str, list[Tensor]] = {"rows_since_active": self.counters}
+        states = [block.state_dict() for block in self.blocks]
+        parts |= {f"clt.{name}": [state[name] for state in states] for name in states[0]}
+        for name, _ in self.clt.named_parameters():
+            adam = [self.optimiser.state[block.get_parameter(name)] for block in self.blocks]
+            parts |= {f"adam.{key}.{name}": [state[key] for state in adam] for key in adam[0]}
+        tensors = {name: joined(name, of_blocks, self.processes) for name, of_blocks in parts.items()}
         if self.clt.training_sequences is not None:
             tensors["training_sequences"] = torch.from_numpy(self.clt.training_sequences)
         return tensors
@@ -169,18 +233,25 @@ class Trainer:
         Raises:
             KeyError, TypeError, RuntimeError: If it is not one of this run's shape.
         """
-        weights = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("clt.")}
-        self.clt.load_state_dict(weights)
+        parts = {name: parts_of(name, tensor, self.processes.layout) for name, tensor in tensors.items()}
+        weights = [name for name in tensors if name.startswith("clt.")]
+        for number, block in enumerate(self.blocks):
+            block.load_state_dict({name[4:]: parts[name][number] for name in weights})
+            self.counters[number].copy_(parts["rows_since_active"][number])
+            for name, parameter in block.named_parameters():
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    value = parts[f"adam.{key}.{name}"][number].to(parameter.device)
+                    self.optimiser.state[parameter][key] = value
         self.step_number = int(state["step"])
         self.recent = [StepMetrics(**metrics) for metrics in state["recent"]]
-        self.rows_since_active.copy_(tensors["rows_since_active"])
-        for name, parameter in self.clt.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                self.optimiser.state[parameter][key] = tensors[f"adam.{key}.{name}"].to(parameter.device)
 
 
-def _metrics(found: Outcome, dead: int, grad_norm: float, n_rows: int) -> StepMetrics:
-    l0 = (found.active_counts.sum(1).double() / n_rows).tolist()
+def sum_of(masks: Sequence[Tensor]) -> Tensor:
+    """How many are true in all of these."""
+    return torch.stack([mask.count_nonzero() for mask in masks]).sum()
+
+
+def _metrics(found: Outcome, dead: int, grad_norm: float, l0: list[float]) -> StepMetrics:
     return StepMetrics(
         loss=found.loss.item(),
         fvu=found.fvu.tolist(),
@@ -202,19 +273,25 @@ def _listed(rows: NDArray[np.int64]) -> str:
 def fit(trainer: Trainer, out: Path, *, progress: bool = False) -> None:
     """Step to the end, writing metrics and states to `out`, the last one after the last step.
 
+    The first process writes the metrics and shows the bar; all write states.
+
     Raises:
         DataError: If a loss is not finite; a JSON file beside the states says where.
-        KeyboardInterrupt: After saving the state, on Ctrl-C or SIGTERM.
+        KeyboardInterrupt: After saving the state, on Ctrl-C or SIGTERM to any of the processes.
+        LostProcessError: If another process is gone.
         WriteError: If the disk is full or failing; the last saved state is still there.
     """
-    config, total = trainer.config, trainer.config.steps
-    hidden = None if progress else True
+    config, total, processes = trainer.config, trainer.config.steps, trainer.processes
+    hidden = None if progress and processes.is_first else True
     since, timed = time.perf_counter(), 0
-    with (
-        deferred_interrupts() as interrupted,
-        MetricSinks(out, config, trainer.step_number) as sinks,
-        tqdm(total=total, initial=trainer.step_number, desc="train", unit="step", disable=hidden) as bar,
-    ):
+    with ExitStack() as stack:
+        interrupted = stack.enter_context(deferred_interrupts())
+        sinks: list[MetricSinks] = []  # of the first process
+        make = partial(MetricSinks, out, config, trainer.step_number)
+        processes.first(lambda: sinks.append(stack.enter_context(make())))
+        bar = stack.enter_context(
+            tqdm(total=total, initial=trainer.step_number, desc="train", unit="step", disable=hidden)
+        )
         while trainer.step_number < total:
             trainer.recent.append(_step(trainer, out))
             timed += 1
@@ -223,26 +300,37 @@ def fit(trainer: Trainer, out: Path, *, progress: bool = False) -> None:
             if number % config.log_every == 0 or number == total:
                 rows_per_s = timed * config.batch_size / (time.perf_counter() - since)
                 entry = _entry(number, trainer.recent, config, rows_per_s)
-                sinks.append(entry)
+                processes.first(partial(_append, sinks, entry))
                 bar.set_postfix_str(_postfix(entry))
                 trainer.recent = []
                 since, timed = time.perf_counter(), 0
-            stop = interrupted()
+            stop = processes.any(interrupted())
             if number % config.checkpoint_every == 0 or number == total or stop:
-                save_training_state(
-                    out, trainer.tensors(), trainer.loop_state(), keep=config.keep_checkpoints
-                )
+                _save(trainer, out)
             if stop:
                 raise KeyboardInterrupt
+
+
+def _save(trainer: Trainer, out: Path) -> None:
+    processes, keep = trainer.processes, trainer.config.keep_checkpoints
+    if processes.layout.is_alone:
+        save_training_state(out, trainer.tensors(), trainer.loop_state(), keep=keep)
+    else:
+        save_together(processes, out, trainer.tensors(), trainer.loop_state(), keep=keep)
+
+
+def _append(sinks: list[MetricSinks], entry: dict[str, Any]) -> None:
+    for each in sinks:
+        each.append(entry)
 
 
 def _step(trainer: Trainer, out: Path) -> StepMetrics:
     try:
         return trainer.step()
     except NonFiniteError as error:
-        record = out / CHECKPOINTS / f"failed-step-{trainer.step_number:08d}.json"
-        write_json(record, error.record)
-        raise DataError(f"{error}; {record} has the batch") from None
+        path, record = out / CHECKPOINTS / f"failed-step-{trainer.step_number:08d}.json", error.record
+        trainer.processes.first(lambda: write_json(path, record))
+        raise DataError(f"{error}; {path} has the batch") from None
 
 
 def _postfix(entry: dict[str, Any]) -> str:

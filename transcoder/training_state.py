@@ -9,6 +9,7 @@
                                     moments, counters of rows without activity, hashes of the training text
 
 A state is written beside its place and renamed into it as a whole when it is on disk: there or not, never in part.
+Several processes write it together, each the tensors or parts of tensors that it has, and any other number can read it.
 torch.distributed.checkpoint's own format keeps its index as a pickle, which whoever gave the file could make run
 anything; in safetensors there is none.
 """
@@ -22,11 +23,10 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -34,9 +34,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mdlm_interp.atomic_files import PREFIX, replacing_directory
+from mdlm_interp.atomic_files import PREFIX, replacing_directory, write_errors
 from mdlm_interp.errors import CheckpointError
 from transcoder.checkpoint import read_json, write_json
+from transcoder.scale_out.processes import Processes
+from transcoder.scale_out.shards import space_for
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -56,24 +58,50 @@ def save_training_state(
     Raises:
         WriteError: If the disk is full or failing; the older states are still there then.
     """
+    return save_together(Processes(), out, tensors, state, keep=keep)
+
+
+def save_together(
+    processes: Processes,
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 1,
+) -> Path:
+    """The same by all processes of a run: each writes its parts of the tensors, the first one all else.
+
+    They must see the same directory.
+    """
     final = out / CHECKPOINTS / f"step-{state['step']:08d}"
-    with replacing_directory(final) as partial:
-        with _plain_errors():
-            state_dict_saver.save(
-                {name: tensor.detach() for name, tensor in tensors.items()},
-                storage_writer=HuggingFaceStorageWriter(
-                    str(partial / TENSORS),
-                    # A file a tensor: torch serialises a file's tensors together in memory.
-                    fqn_to_index_mapping={name: number for number, name in enumerate(tensors, 1)},
-                    save_distributed=True,
-                ),
-            )
-        write_json(partial / STATE, {**state, HASHES: _sha256_of_files(partial / TENSORS)})
-    for leftover in final.parent.glob(f"{PREFIX}step-*"):
-        shutil.rmtree(leftover)
-    for older in training_states(out)[:-keep]:
-        shutil.rmtree(older)
+    with ExitStack() as stack:
+        partial = processes.first(lambda: stack.enter_context(replacing_directory(final)))
+        with write_errors(final):
+            _write_tensors(partial, tensors)
+
+        def complete() -> None:
+            write_json(partial / STATE, {**state, HASHES: _sha256_of_files(partial / TENSORS)})
+            stack.close()  # the directory gets its name
+            for leftover in final.parent.glob(f"{PREFIX}step-*"):
+                shutil.rmtree(leftover)
+            for older in training_states(out)[:-keep]:
+                shutil.rmtree(older)
+
+        processes.first(complete)
     return final
+
+
+def _write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    with _plain_errors():
+        state_dict_saver.save(
+            {name: tensor.detach() for name, tensor in tensors.items()},
+            storage_writer=HuggingFaceStorageWriter(
+                str(directory / TENSORS),
+                # A file a tensor: torch serialises a file's tensors together in memory.
+                fqn_to_index_mapping={name: number for number, name in enumerate(tensors, 1)},
+                save_distributed=True,
+            ),
+        )
 
 
 def training_states(out: Path) -> list[Path]:
@@ -87,13 +115,19 @@ def latest_training_state(out: Path) -> Path | None:
     return next(reversed(training_states(out)), None)
 
 
-def load_training_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_training_state(
+    directory: Path, processes: Processes | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the rest of a saved state.
 
+    Args:
+        processes: That read it together: each gets its part of what goes by features, whatever the number of
+            processes that wrote it; none for this one alone.
     Raises:
         CheckpointError: If a file is missing or damaged.
     """
     state = read_json(directory / STATE)
+    together = processes or Processes()
     try:
         found = _sha256_of_files(directory / TENSORS)
         wrong = sorted(
@@ -104,8 +138,8 @@ def load_training_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, A
         with _plain_errors():
             reader = HuggingFaceStorageReader(str(directory / TENSORS))
             metadata = reader.read_metadata().state_dict_metadata
-            tensors: dict[str, Tensor] = {
-                name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            tensors = {
+                name: space_for(name, entry.size, entry.properties.dtype, together)
                 for name, entry in metadata.items()
                 if isinstance(entry, TensorStorageMetadata)
             }

@@ -198,7 +198,8 @@ SIDES: dict[str, Callable[[Settings], Side]] = {
 def evaluated(side: Side, settings: Settings) -> dict[str, list[float]]:
     """FVU and L0 of each layer on the held-out rows."""
     x, y = settings.x[:, -settings.held_out :], settings.y[:, -settings.held_out :]
-    error, variance, active = 0.0, (y - y.mean(1, keepdim=True)).square().sum((1, 2)), 0.0
+    variance = (y - y.mean(1, keepdim=True)).square().sum((1, 2))
+    error, active = torch.zeros_like(variance), torch.zeros_like(variance)
     for start in range(0, settings.held_out, settings.batch):
         part = slice(start, start + settings.batch)
         y_hat, is_active = side.reconstruct(x[:, part])

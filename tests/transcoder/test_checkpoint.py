@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,6 +112,22 @@ def test_a_truncated_file_is_named(saved, name):
     (saved / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=f"{name} is (not valid JSON|truncated or no safetensors file)"):
         load_clt(saved)
+
+
+@pytest.mark.parametrize("name", ["clt.safetensors", "training_sequences.safetensors"])
+def test_one_flipped_bit_is_found(clt, tmp_path, name):
+    clt.training_sequences = np.arange(20)
+    save_clt(clt, tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=rf"{name} is damaged or another's: its SHA-256 is not the one in"
+    ):
+        load_clt(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"has no {name}|{name} is damaged"):
+        load_clt(tmp_path)
 
 
 def test_a_save_that_fails_half_way_leaves_no_transcoder_and_nothing_in_the_way(clt, tmp_path):

@@ -38,7 +38,7 @@ def test_error_terms_are_what_the_reconstruction_misses(replacement, model, trai
     found = replacement.error_terms(ids, sigma).values
     assert found.shape == (3, 2, 24, 32)
     # Bounded by float32 rounding: the outputs are of size 1 to 30.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, expected.double(), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -57,6 +57,14 @@ def test_replaced_layers_give_the_reconstruction_from_this_same_pass(
     for layer in set(range(3)) - set(layers or range(3)):
         gate = cache["adaln.hook_gate_mlp", layer]
         assert torch.equal(cache["hook_mlp_out", layer], gate * cache["mlp.hook_out", layer])
+
+
+@torch.no_grad()
+def test_a_pass_that_stops_half_way_leaves_nothing_for_the_next(replacement, model, ids, sigma):
+    with replacement.spliced():
+        expected = model(ids, sigma)
+        model(ids.flip(1), sigma, stop_at_block=1)
+        assert torch.equal(model(ids, sigma), expected)
 
 
 @torch.no_grad()
