@@ -138,8 +138,8 @@ def hook_names(template: str, n_layers: int) -> tuple[str, ...]:
 class InitConfig:
     """The initial weights; b_dec and W_skip are zero, since activations are centred."""
 
-    encoder: Literal["n_features", "d_model"] = "n_features"
-    """W_enc is uniform within one over the root of this: n_features as in Anthropic's CLT, or d_model as nn.Linear."""
+    encoder: Literal["n_features", "d_model"] = "d_model"
+    """W_enc is uniform within one over the root of this: d_model as nn.Linear, or n_features as in Anthropic's CLT."""
     decoder: Literal["uniform", "own_layer", "zeros"] = "uniform"
     """W_dec: uniform within 1 / sqrt(writing layers * d_model); the same, but zero to later layers; or all zero."""
     active_features: float | None = None

@@ -81,6 +81,8 @@ def overview(
     n_layers, features = len(layers), evaluation.density["all"].size
     rows = [
         ["variance of MLP outputs explained, held out", mean_fvu(evaluation, explained=True)],
+        ["  among unmasked positions", mean_fvu(evaluation, "unmasked", explained=True)],
+        ["  among masked positions", mean_fvu(evaluation, "masked", explained=True)],
         ["active features per layer and token", f"{sum(m.l0 for m in layers) / n_layers:.1f}"],
         ["features never active on held-out text", f"{sum(m.dead or 0 for m in layers)} of {features}"],
         ["NELBO of the model, nats per token", number(evaluation.scores.nelbo(ORIGINAL).value, ".3f")],

@@ -184,7 +184,8 @@ def summary(evaluation: Evaluation) -> list[str]:
     check = evaluation.error_terms
     lines = [
         held_out(evaluation),
-        f"reconstruction: FVU {mean_fvu(evaluation)}, L0 {np.mean([layer.l0 for layer in layers]):.1f} per "
+        f"reconstruction: FVU {mean_fvu(evaluation)} (unmasked {mean_fvu(evaluation, 'unmasked')}, masked "
+        f"{mean_fvu(evaluation, 'masked')}), L0 {np.mean([layer.l0 for layer in layers]):.1f} per "
         f"layer, {sum(layer.dead or 0 for layer in layers)} of {evaluation.density['all'].size} features dead",
         f"in the model: NELBO {number(evaluation.scores.nelbo(ORIGINAL).value, '.3f')} nats/token; all MLPs "
         f"replaced {changes[REPLACED]}, zeroed {changes[ZERO]}, mean {changes[MEAN]}; share recovered "
@@ -261,9 +262,9 @@ def _undefined_by_t(evaluation: Evaluation) -> list[str]:
     return [f"t {', '.join(names)}: {reason}" for reason, names in groups.items()]
 
 
-def mean_fvu(evaluation: Evaluation, *, explained: bool = False) -> str:
+def mean_fvu(evaluation: Evaluation, stratum: str = "all", *, explained: bool = False) -> str:
     """The mean over those layers that have an FVU, as text, or of 1 - FVU as a percentage."""
-    values = [layer.fvu for layer in evaluation.layers["all"]]
+    values = [layer.fvu for layer in evaluation.layers[stratum]]
     defined = [value for value in values if math.isfinite(value)]
     if not defined:
         return UNDEFINED

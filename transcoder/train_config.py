@@ -31,7 +31,7 @@ class TrainConfig:
     """How the learning rate falls to zero at the end."""
     decay_fraction: float = 0.2
     """Last part of the run over which the learning rate falls."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates of the two moments."""
     grad_clip: float | None = 1.0
     """Largest norm of the whole gradient; none does not clip."""

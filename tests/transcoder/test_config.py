@@ -29,7 +29,7 @@ from transcoder.demo import DemoConfig
         ({"lr": math.nan}, "lr must be above 0 and finite, got nan; leave it out for 0.002"),
         ({"decay_fraction": 1.5}, "decay_fraction must be in [0, 1], got 1.5; leave it out for 0.2"),
         ({"decay_fraction": math.nan}, "decay_fraction must be in [0, 1], got nan"),
-        ({"betas": (0.9, 1.0)}, "betas must be in [0, 1), got (0.9, 1.0); leave it out for 0.9,0.999"),
+        ({"betas": (0.9, 1.0)}, "betas must be in [0, 1), got (0.9, 1.0); leave it out for 0.9,0.95"),
         ({"betas": (math.nan, 0.9)}, "betas must be in [0, 1), got (nan, 0.9)"),
         ({"betas": (-0.1, 0.9)}, "betas must be in [0, 1), got (-0.1, 0.9)"),
         ({"grad_clip": 0.0}, "grad_clip must be above 0 and finite, or none, which does not clip, got 0.0"),

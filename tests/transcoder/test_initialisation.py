@@ -16,7 +16,7 @@ JUMP = replace(SHAPE, activation="jumprelu", k=None)
 
 
 @pytest.mark.parametrize(
-    ("init", "encoder_bound"), [(InitConfig(), 24**-0.5), (InitConfig(encoder="d_model"), 32**-0.5)]
+    ("init", "encoder_bound"), [(InitConfig(), 32**-0.5), (InitConfig(encoder="n_features"), 24**-0.5)]
 )
 def test_encoders_are_uniform_within_their_bound(init, encoder_bound):
     W_enc = CrossLayerTranscoder(SHAPE, init=init).W_enc.detach()

@@ -124,7 +124,7 @@ def test_initial_weights_are_a_function_of_the_seed_within_the_documented_bounds
         if name.startswith("W_"):
             assert torch.equal(parameter, dict(again.named_parameters())[name])
             assert not torch.equal(parameter, dict(other.named_parameters())[name])
-            bound = {"W_enc": 24**-0.5}.get(name, (3 * 32) ** -0.5)
+            bound = {"W_enc": 32**-0.5}.get(name, (3 * 32) ** -0.5)
             assert 0.98 * bound < float(parameter.abs().max()) <= bound
     assert not again.b_enc.any()
     assert not again.b_dec.any()
