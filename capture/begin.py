@@ -9,7 +9,7 @@ import zarr
 
 from capture import manifest as manifests
 from capture import schema
-from capture.manifest import MANIFEST, Manifest
+from capture.manifest import Manifest
 from capture.places import Place
 from capture.store_files import read_manifest
 from mdlm_interp.errors import OutputExistsError, StoreError
@@ -46,12 +46,11 @@ def begin(
             f"{place.name} exists and is another program's; choose another --out, or remove it first"
         )
     manifests.check_version(header.get("schema_version"), f"{place.name}/zarr.json")
-    refuse_another(place.name, header, attributes, complete=read_manifest(place).complete)
+    whole = read_manifest(place)
+    refuse_another(place.name, header, attributes, complete=whole.complete)
+    if whole.complete:
+        return whole
     own = place.read(manifests.rank_manifest(rank, world_size))
-    if own is None and (whole := place.read(MANIFEST)) is not None:
-        manifest = manifests.from_bytes(whole, f"{place.name}/{MANIFEST}")
-        if manifest.complete:
-            return manifest
     if own is None:
         begun = manifests.world_size_of(names) or 1
         raise StoreError(

@@ -1,4 +1,4 @@
-"""Checks on activations before they are written: what must hold of every forward pass, bit for bit."""
+"""Checks on activations before they are written: the sums that hold in every forward pass, and overflow."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ ADDITIONS = (
     ("hook_resid_post", "hook_resid_mid", "hook_mlp_out"),
 )
 """By block: the first is the sum of the other two."""
+LARGEST = {
+    torch.float16: 65504.0,
+    torch.bfloat16: 3.3895313892515355e38,
+    torch.float32: 3.4028234663852886e38,
+}
+"""Largest finite value of each type that activations are kept in."""
 
 
 def additions(hooks: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -45,3 +51,21 @@ def check_additions(acts: Mapping[str, Tensor]) -> None:
                 f"{total} must be {left} + {right} and differs at {where}: {float(acts[total][tuple(where)])!r} "
                 f"against {float(expected[tuple(where)])!r}; remove hooks that edit, or check this machine"
             )
+
+
+def refuse_overflow(given: Tensor, rounded: Tensor, what: str, *, command: str) -> None:
+    """Raise StoreError if a finite value became infinite when it was rounded to another type.
+
+    Args:
+        what: The hook point, for the message.
+        command: What to run with another `--dtype`.
+    """
+    infinite = rounded.isinf()
+    if not bool(infinite.any()) or not bool((infinite & given.isfinite()).any()):
+        return
+    largest = float(given[given.isfinite()].abs().max())
+    wider = [str(dtype).removeprefix("torch.") for dtype, end in LARGEST.items() if largest <= end]
+    raise StoreError(
+        f"{what} reaches {largest:g} and {str(rounded.dtype).removeprefix('torch.')} ends at "
+        f"{LARGEST[rounded.dtype]:g}; {command} with --dtype {' or '.join(wider)}"
+    )

@@ -113,6 +113,12 @@ class CaptureConfig:
         wrong = [time for time in self.time if not 0.0 <= time <= 1.0]
         if wrong:
             raise ConfigError(f"time must be in [0, 1], 0 being clean text, got {wrong[0]}")
+        clean = self.times == "unmasked" or (self.times == "fixed" and not any(self.time))
+        if clean and self.positions == "masked":
+            raise ConfigError(
+                f"times {self.times} is clean text at t = 0, where no token is masked, so positions masked would "
+                f"record nothing; take other times, or positions all or unmasked"
+            )
         if len(set(self.time)) < len(self.time):
             raise ConfigError(f"time names a value twice: {list(self.time)}; name each once")
 

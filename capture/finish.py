@@ -45,7 +45,7 @@ def finish(place: Place, layout: schema.Layout, *, world_size: int, rows: int) -
     """Complete the store if every rank is done; whether it is complete now."""
     names = place.names()
     if MANIFEST in names and read_manifest(place).complete:
-        _clean(place)
+        clean(place)
         return True
     if any(done_name(rank, world_size) not in names for rank in range(world_size)):
         return False
@@ -66,7 +66,7 @@ def finish(place: Place, layout: schema.Layout, *, world_size: int, rows: int) -
     place.sync()
     whole = replace(whole, complete=True, planned_rows=rows, files=file_hashes(place))
     place.replace(MANIFEST, manifests.to_bytes(whole))
-    _clean(place)
+    clean(place)
     return True
 
 
@@ -141,7 +141,14 @@ def _write_statistics(files: StoreFiles, group: zarr.Group, layout: schema.Layou
             pass
 
 
-def _clean(place: Place) -> None:
+def has_leftovers(place: Place) -> bool:
+    """Whether a complete store still has something that only an incomplete one needs."""
+    # What is pending goes first, so while it is there some of these files are too.
+    return any(name != MANIFEST and _temporary(name) for name in place.names())
+
+
+def clean(place: Place) -> None:
+    """Remove what only an incomplete store needs; for the holder of the lock "finish", of a complete one."""
     for path in (schema.PENDING, *place.names()):
         if path != MANIFEST and _temporary(path):
             place.remove(path)

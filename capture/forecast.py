@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
@@ -10,6 +11,7 @@ from capture import schema
 from capture.config import CaptureConfig
 from capture.places import Place
 from capture.plan import expected_share
+from capture.shards import CRC_BYTES
 from mdlm_interp.documents import read_documents, text_bytes
 from mdlm_interp.errors import StoreError
 from mdlm_interp.tokenizers import Tokenizer
@@ -18,6 +20,12 @@ SAMPLE_DOCUMENTS = 200
 """Documents whose bytes for each token stand for those of all the text."""
 DISK_MARGIN = 0.98
 """Share of the free space that a capture may take."""
+REMEDY_MARGIN = 0.9
+"""Share of it that the number of rows which is proposed takes."""
+METADATA_BYTES = 1024
+"""Of the zarr.json of an array, about."""
+PENDING_ENTRY_BYTES = 128
+"""Of an array's entry in the header of a pending file, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +34,9 @@ class Forecast:
 
     rows: int
     sequences: int
+    layout: schema.Layout
     size: int
-    """Bytes."""
-    row_size: float
-    """Bytes for each row, with its share of the sequences."""
+    """Bytes of the complete store."""
 
     def __str__(self) -> str:
         return f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}"
@@ -48,14 +55,37 @@ def forecast(config: CaptureConfig, tokenizer: Tokenizer, layout: schema.Layout)
     rows = max(1, round(sequences * rows_each))
     if config.max_rows is not None:
         rows = min(rows, config.max_rows)
-    size = rows * layout.row_bytes + sequences * layout.sequence_bytes
-    # Columns are written whole shards at a time.
-    size += -rows % layout.shard_rows * (layout.row_bytes - _acts_bytes(layout))
-    return Forecast(rows=rows, sequences=sequences, size=size, row_size=size / rows)
+    size = shard_bytes(layout, rows) + closing_bytes(layout, sequences)
+    return Forecast(rows=rows, sequences=sequences, layout=layout, size=size)
 
 
-def _acts_bytes(layout: schema.Layout) -> int:
-    return sum(layout.shard_shape(hook).chunk_bytes for hook in layout.shapes) // schema.CHUNK_ROWS
+def shard_bytes(layout: schema.Layout, rows: int) -> int:
+    """Bytes of all that is written before the capture ends, but for what is pending."""
+    shards, chunks = ceil(rows / layout.shard_rows), ceil(rows / schema.CHUNK_ROWS)
+    shapes = [layout.shard_shape(hook) for hook in layout.shapes]
+    acts = sum(chunks * (shape.chunk_bytes + CRC_BYTES) + shards * shape.index_bytes for shape in shapes)
+    # A column is one chunk a shard, and a chunk is written whole however few rows it has.
+    columns = shards * (layout.shard_rows * layout.column_bytes + len(schema.ROW_COLUMNS) * CRC_BYTES)
+    return acts + columns + METADATA_BYTES * (1 + len(shapes) + len(schema.ROW_COLUMNS))
+
+
+def closing_bytes(layout: schema.Layout, sequences: int) -> int:
+    """Bytes of what is written when the capture ends, in whole chunks of sequences."""
+    chunks = ceil(sequences / schema.SEQUENCE_CHUNK)
+    arrays = len(schema.SEQUENCE_COLUMNS) + len(schema.STATISTICS) * len(layout.shapes)
+    return (
+        chunks * (schema.SEQUENCE_CHUNK * layout.sequence_bytes + len(schema.SEQUENCE_COLUMNS) * CRC_BYTES)
+        + layout.statistics_bytes
+        + METADATA_BYTES * arrays
+    )
+
+
+def pending_bytes(layout: schema.Layout, rows: int, sequences: int) -> int:
+    """Bytes of what waits for the end of the capture, and is removed then."""
+    shards = ceil(rows / layout.shard_rows)
+    arrays = len(schema.SEQUENCE_COLUMNS) + len(schema.STATISTICS) * len(layout.shapes)
+    each = layout.statistics_bytes + PENDING_ENTRY_BYTES * arrays
+    return sequences * layout.sequence_bytes + shards * each
 
 
 def _expected_blocks(config: CaptureConfig, tokenizer: Tokenizer) -> float:
@@ -78,16 +108,43 @@ def refuse_full_disk(place: Place, expected: Forecast, committed_rows: int) -> N
     """Raise StoreError if the disk has no room for what is missing of the store."""
     free = place.free_bytes()
     missing = max(0, expected.rows - committed_rows)
-    needed = int(missing * expected.row_size)
+    needed = _peak(expected, expected.rows) - _written(expected, committed_rows) if missing else 0
     if free is None or needed <= free * DISK_MARGIN:
         return
-    fits = committed_rows + int(free * 0.9 / expected.row_size)
     more = "more " if committed_rows else ""
-    remedy = f"lower --max-rows to {fits:,}, " if fits and not committed_rows else "free some space, "
+    fits = 0 if committed_rows else _fitting(expected, free * REMEDY_MARGIN)
+    # A sequence is recorded whole or not at all.
+    remedy = f"lower --max-rows to {fits}, " if fits >= expected.layout.length else "free some space, "
     raise StoreError(
         f"{place.name} needs {bytes_text(needed)} for {missing:,} {more}rows and its disk has {bytes_text(free)} "
         f"free; {remedy}record fewer hooks, choose another --out, or start anyway with --any-disk"
     )
+
+
+def _peak(expected: Forecast, rows: int) -> int:
+    """Bytes that a capture of so many rows of the same kind takes when it is about to end."""
+    layout, sequences = expected.layout, _sequences(expected, rows)
+    return (
+        shard_bytes(layout, rows) + closing_bytes(layout, sequences) + pending_bytes(layout, rows, sequences)
+    )
+
+
+def _written(expected: Forecast, committed_rows: int) -> int:
+    """Bytes that are there already."""
+    if not committed_rows:
+        return 0
+    waiting = pending_bytes(expected.layout, committed_rows, _sequences(expected, committed_rows))
+    return shard_bytes(expected.layout, committed_rows) + waiting
+
+
+def _sequences(expected: Forecast, rows: int) -> int:
+    return ceil(expected.sequences * rows / expected.rows)
+
+
+def _fitting(expected: Forecast, room: float) -> int:
+    """Most rows whose capture takes no more than this at any time."""
+    rows = range(1, expected.rows + 1)
+    return bisect_right(rows, room, key=lambda count: _peak(expected, count))
 
 
 def bytes_text(size: int | float) -> str:

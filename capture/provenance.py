@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from capture.config import CaptureConfig
+from capture.sources import Sources
 from mdlm_interp import __version__
-from mdlm_interp.checkpoints import sha256_of, weights_sha256
+from mdlm_interp.checkpoints import weights_sha256
 from mdlm_interp.diffusion import MIN_TIME, LogLinearSchedule
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer
@@ -24,19 +25,18 @@ def provenance(
     model: HookedMDLM,
     tokenizer: Tokenizer,
     config: CaptureConfig,
+    sources: Sources | None = None,
     schedule: LogLinearSchedule,
 ) -> dict[str, Any]:
     """The record, as JSON holds it.
 
     Args:
         config: With its files expanded.
+        sources: Those files, if they are hashed already.
     """
     return {
         **model_record(model_directory, model, tokenizer),
-        "sources": [
-            {"file": str(file), "sha256": sha256_of(file), "bytes": file.stat().st_size}
-            for file in config.files
-        ],
+        "sources": (sources or Sources(config.files)).record(),
         "seed": config.seed,
         "schedule": {"name": "log-linear", "eps": schedule.eps, "min_time": MIN_TIME},
         # Native rounding differs between batch shapes, thread counts and instruction sets; nothing else does.

@@ -27,13 +27,14 @@ from capture import manifest as manifests
 from capture import schema
 from capture.begin import begin
 from capture.config import CaptureConfig
-from capture.finish import done_name, finish
+from capture.finish import clean, done_name, finish, has_leftovers
 from capture.forecast import duration, forecast, refuse_full_disk
 from capture.forward import Forward
 from capture.places import Place, place_of
 from capture.plan import SCHEDULE, Batch, batches, read_blocks
 from capture.provenance import provenance
 from capture.reader import ActivationStore, open_store
+from capture.sources import Sources, refuse_repeated
 from capture.store_files import read_manifest
 from capture.writer import Rows, StoreWriter
 from mdlm_interp.checkpoints import resolve_source
@@ -72,19 +73,24 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
         progress: Show the forecast, and a bar with rows/s on stderr if that is a terminal.
     Raises:
         OutputExistsError: If `config.out` holds something else; it is left alone.
-        ConfigError, DataError, HookError, CheckpointError: If the request does not fit the model or text.
+        ConfigError, DataError, HookError, CheckpointError: If the request does not fit the model or text, or a
+            file of text changes meanwhile; what is committed stays.
         StoreError: If the disk cannot hold the store, a service does not answer, or another process is writing.
         WriteError: If the disk fails or is full while writing; what is committed stays.
     """
     place = place_of(config.out, config.endpoint)
     request = prepared(config)
+    refuse_repeated(request.config.files)
     expected = forecast(request.config, request.tokenizer, request.layout)
-    if not config.any_disk:
-        refuse_full_disk(place, expected, committed_rows(place))
+    begun = begun_manifest(place)
+    if not config.any_disk and not (begun and begun.complete):
+        refuse_full_disk(place, expected, begun.committed_rows if begun else 0)
     forward = forward_of(request.model, list(request.layout.shapes), request.config)
     if progress and request.rank == 0:
         hours = expected.rows / rows_per_second(forward, request.first) / 3600 / request.world_size
         sys.stderr.write(f"{place.name}: {expected}, about {duration(hours)}\n")
+    sources = Sources(request.config.files)
+    sources.refuse_same_content()
     attributes = {
         "config": request.config.identity(),
         "provenance": provenance(
@@ -92,17 +98,23 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
             model=request.model,
             tokenizer=request.tokenizer,
             config=request.config,
+            sources=sources,
             schedule=SCHEDULE,
         ),
     }
     manifest = begin(place, request.layout, attributes, expected.rows, request.rank, request.world_size)
-    if not manifest.complete:
+    if manifest.complete:
+        # A kill after the last commit leaves what only an incomplete store needs.
+        if has_leftovers(place):
+            with place.lock("finish", wait=True):
+                clean(place)
+    else:
         with place.lock(f"rank-{request.rank}"):
             # Another process may have committed between reading the manifest and taking the lock.
             manifest = begin(
                 place, request.layout, attributes, expected.rows, request.rank, request.world_size
             )
-            rows = _write(place, request, forward, manifest, progress)
+            rows = _write(place, request, forward, manifest, sources, progress)
             with place.lock("finish", wait=True):
                 finish(place, request.layout, world_size=request.world_size, rows=rows)
     return open_store(config.out, endpoint=config.endpoint)
@@ -243,12 +255,12 @@ def forward_of(model: HookedMDLM, hooks: Sequence[str], config: CaptureConfig) -
     return Forward(model, hooks, together=config.pack == "blocks")
 
 
-def committed_rows(place: Place) -> int:
-    """Rows that are in the store already, if there is one."""
+def begun_manifest(place: Place) -> manifests.Manifest | None:
+    """What is committed of the store already, if there is one."""
     try:
-        return read_manifest(place).committed_rows if place.exists() else 0
+        return read_manifest(place) if place.exists() else None
     except StoreError:  # something else is there, which `begin` refuses
-        return 0
+        return None
 
 
 def rows_per_second(forward: Forward, batch: Batch) -> float:
@@ -260,7 +272,12 @@ def rows_per_second(forward: Forward, batch: Batch) -> float:
 
 
 def _write(
-    place: Place, request: Request, forward: Forward, manifest: manifests.Manifest, progress: bool
+    place: Place,
+    request: Request,
+    forward: Forward,
+    manifest: manifests.Manifest,
+    sources: Sources,
+    progress: bool,
 ) -> int:
     """Run and commit what this rank has not committed yet; rows of the whole store."""
     config, layout = request.config, request.layout
@@ -275,8 +292,13 @@ def _write(
             if writer.wants(batch.start, batch.stop):
                 first_of_shard = batch.start // layout.shard_rows != (batch.stop - 1) // layout.shard_rows
                 check = first_of_shard or batch.start % layout.shard_rows == 0
+                if batch.start // layout.shard_rows != batch.stop // layout.shard_rows:
+                    # This batch fills a shard, of which every row has been read by now.
+                    sources.refuse_changed(place.name)
                 writer.append(batch_rows(batch, forward(batch, check=check), request.tokenizer.mask_id))
             bar.update(batch.stop - bar.n)
+        # Before the last, shorter shard is committed and the text counts as read to its end.
+        sources.refuse_changed(place.name)
     place.replace(done_name(request.rank, request.world_size), str(rows).encode())
     return rows
 

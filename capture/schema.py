@@ -80,7 +80,9 @@ ROW_COLUMNS = {
     "x0": Column("int64", -1, "token id of the clean text"),
     "xt": Column("int64", -1, "token id that the model read: x0, or the mask"),
     "is_masked": Column("bool", False, "whether xt is the mask"),
-    "doc": Column("int64", -1, "running number of the document over all files; -1 for an added end-of-text"),
+    "doc": Column(
+        "int64", -1, "number of the document over all files, empty ones counted; -1 for an added end-of-text"
+    ),
 }
 SEQUENCE_COLUMNS = {
     "row": Column("int64", -1, "first row of the sequence; its rows end where the next one's begin"),
@@ -90,10 +92,16 @@ SEQUENCE_COLUMNS = {
     "seed": Column("uint64", 0, "key of times, masks and subsets, with the block's number"),
     "block": Column("int64", -1, "number of the block of text"),
     "source": Column("int64", -1, "number of the file that the first document is from"),
-    "offset": Column("int64", -1, "number of that document in its file"),
+    "offset": Column(
+        "int64",
+        -1,
+        "position of that document in its file from 0: line of JSON lines, row of a table, <|endoftext|> before it",
+    ),
     "x0": Column("int32", -1, "token ids of the clean text", per_position=True),
     "xt": Column("int32", -1, "token ids that the model read", per_position=True),
-    "doc": Column("int64", -1, "running number of each token's document", per_position=True),
+    "doc": Column(
+        "int64", -1, "number of each token's document over all files, empty ones counted", per_position=True
+    ),
 }
 
 STATISTICS = ("count", "mean", "mean_square")
@@ -145,10 +153,20 @@ class Layout:
     """Rows of a shard, a multiple of CHUNK_ROWS."""
 
     @property
+    def column_bytes(self) -> int:
+        """Bytes of one row over all arrays of rows."""
+        return sum(np.dtype(column.dtype).itemsize for column in ROW_COLUMNS.values())
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row over all arrays of acts and rows, but for checksums (under 1 %)."""
-        columns = sum(np.dtype(column.dtype).itemsize for column in ROW_COLUMNS.values())
-        return columns + sum(ARRAY_TYPES[self.dtype].itemsize * prod(shape) for shape in self.shapes.values())
+        acts = sum(ARRAY_TYPES[self.dtype].itemsize * prod(shape) for shape in self.shapes.values())
+        return acts + self.column_bytes
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of the statistics of all hooks: a mean for each value of a row, a count and a mean square."""
+        return sum(2 * T_BINS * 8 * (prod(shape) + 2) for shape in self.shapes.values())
 
     @property
     def sequence_bytes(self) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from capture import manifest as manifests
 from capture import schema
+from capture.checks import refuse_overflow
 from capture.manifest import Manifest, ResumePoint, Shard
 from capture.metadata import grow
 from capture.places import Draft, Place
@@ -35,8 +36,6 @@ from capture.statistics import RunningMoments, Strata
 from mdlm_interp.errors import StoreError
 
 WAITING_BATCHES = 2
-
-FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,17 +249,10 @@ def stored(acts: Tensor, dtype: schema.StoredType, hook: str) -> NDArray[Any]:
     """Activations [row, ...] as the store keeps them.
 
     Raises:
-        StoreError: If a finite value is too large for float16.
+        StoreError: If a finite value is too large for the type.
     """
     if dtype == "float32":
         return acts.contiguous().numpy()
-    if dtype == "bfloat16":
-        return acts.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
-    half = acts.to(torch.float16)
-    if bool((half.isinf() & acts.isfinite()).any()):
-        largest = float(acts[acts.isfinite()].abs().max())
-        raise StoreError(
-            f"{hook} reaches {largest:g} and float16 ends at {FLOAT16_MAX:g}; capture with --dtype bfloat16 or "
-            f"float32"
-        )
-    return half.contiguous().numpy()
+    half = acts.to(torch.float16 if dtype == "float16" else torch.bfloat16).contiguous()
+    refuse_overflow(acts, half, hook, command="capture")
+    return half.numpy() if dtype == "float16" else half.view(torch.uint16).numpy()

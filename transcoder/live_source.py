@@ -108,11 +108,9 @@ class LiveSource:
         settings = [to_mapping(config.live), config.train.seed, origin["weights_sha256"], config.train.select]
         content = hashlib.sha256(json.dumps(settings, default=str).encode())
         content.update(self._x_0.numpy().astype("<i8").tobytes())
-        cut = {"length": self._text.length, "wrap": request.config.wrap, "pack": request.config.pack}
         of_store = {
             "fingerprint": content.hexdigest(),
             "coverage": Coverage(rows, rows, True)._asdict(),
-            "cut": {**cut, "sources": [source["sha256"] for source in origin["sources"]]},
             "provenance": origin,
         }
         sample = self._sample(0)

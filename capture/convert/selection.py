@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capture import schema
+from capture.checks import refuse_overflow
 from capture.reader import ActivationStore
 from capture.statistics import RunningMoments, Strata
 from mdlm_interp.errors import ConfigError, StoreError
@@ -249,17 +250,13 @@ def converted(
     """Stored activations as another type, rounded to nearest; the same bits if it is the same type.
 
     Raises:
-        StoreError: If a finite value is too large for float16.
+        StoreError: If a finite value is too large for the type.
     """
     if source == target:
         return values
     given = as_tensor(values, source)
     found = given.to(getattr(torch, target))
-    if target == "float16" and bool((found.isinf() & given.isfinite()).any()):
-        largest = float(given[given.isfinite()].abs().max())
-        raise StoreError(
-            f"{what} reaches {largest:g} and float16 ends at 65504; export with --dtype bfloat16 or float32"
-        )
+    refuse_overflow(given, found, what, command="export")
     return found.view(torch.int16).numpy().view(np.uint16) if target == "bfloat16" else found.numpy()
 
 

@@ -39,7 +39,7 @@ class StreamPosition:
     """A place in a stream of documents where blocks begin anew."""
 
     documents: int = 0
-    """Documents before it, over all files."""
+    """Documents with text before it, over all files."""
     blocks: int = 0
     """Blocks before it."""
 
@@ -54,11 +54,11 @@ class TokenBlock:
     ids: NDArray[np.int64]
     """Token ids [pos]."""
     documents: NDArray[np.int64]
-    """Running number, over all files, of the document each token is of [pos]; -1 for added end-of-texts."""
+    """`Document.running` of the document each token is of [pos]; -1 for added end-of-texts."""
     source: int
     """Number of the file that the block's first document came from."""
     offset: int
-    """Number in that file of the block's first document."""
+    """`Document.number` of the block's first document: its position in that file."""
     start: StreamPosition
     """Where to begin to get this block again: its group of documents, or itself if it is one document's."""
 
@@ -69,8 +69,8 @@ class _Coded:
 
     ids: list[NDArray[np.int32]]
     """Token ids of each, without an end-of-text."""
-    places: list[tuple[int, int]]
-    """Source and number of each."""
+    places: list[tuple[int, int, int]]
+    """Source, number and running number of each."""
 
 
 def token_blocks(
@@ -106,9 +106,11 @@ def token_blocks(
             for ids in group.ids:
                 flat[end : end + len(ids)] = ids
                 end += len(ids) + 1
-            owner = np.repeat(np.arange(start.documents, start.documents + len(counts)), counts)
-            for block, of in zip(_cut(flat, count, inner), _cut(owner, count, inner), strict=True):
-                source, offset = group.places[int(of[0]) - start.documents]
+            owner = np.repeat(np.arange(len(counts)), counts)
+            running = np.array([place[2] for place in group.places])
+            for block, owners in zip(_cut(flat, count, inner), _cut(owner, count, inner), strict=True):
+                source, offset, _ = group.places[int(owners[0])]
+                of = running[owners]
                 if wrap:
                     block, of = _wrapped(block, tokenizer.eos_id), _wrapped(of, BETWEEN)
                 yield TokenBlock(block.copy(), of.copy(), source, offset, start)
@@ -135,10 +137,10 @@ def document_blocks(
     inner = _inner_length(length, wrap)
     with closing(prefetched(_batches(_skipped(documents, start.documents), tokenizer))) as batches:
         for batch in batches:
-            for ids, (source, offset) in zip(batch.ids, batch.places, strict=True):
+            for ids, (source, offset, running) in zip(batch.ids, batch.places, strict=True):
                 block = ids[:inner].astype(np.int64)
                 if len(block):
-                    of = np.full(len(block), start.documents)
+                    of = np.full(len(block), running)
                     if wrap:
                         block, of = _wrapped(block, tokenizer.eos_id), _wrapped(of, BETWEEN)
                     yield TokenBlock(block, of, source, offset, start)
@@ -165,7 +167,7 @@ def _skipped(documents: Iterable[Document], count: int) -> Iterator[Document]:
     skipped = sum(1 for _ in islice(rest, count))
     if skipped < count:
         raise DataError(
-            f"the text has {skipped} documents, and the place to continue from is after {count}; "
+            f"the text has {skipped} documents with text, and the place to continue from is after {count}; "
             f"keep the files as they were"
         )
     yield from rest
@@ -204,4 +206,4 @@ def _coded(batch: Sequence[Document], tokenizer: Tokenizer) -> _Coded:
                 f"document {document.number} of file {document.source} (from 0) has token id {coded.max()}, and "
                 f"text may have 0 to {tokenizer.mask_id - 1}, below the mask; is it another tokenizer's?"
             )
-    return _Coded(ids, [(document.source, document.number) for document in batch])
+    return _Coded(ids, [(document.source, document.number, document.running) for document in batch])

@@ -50,6 +50,11 @@ SKIPPABLE_ZST = b"\x2a\x4d\x18"
 
 ZIP = b"PK\x03\x04"
 
+LOOKED_AT_BYTES = 1 << 16
+"""Of a file of token ids, what is looked at before it is read."""
+FEWEST_IDS = 16
+"""Ids from which on half of them cannot all be 0 by chance."""
+
 UNPACKED_WITH = {".bz2": "bunzip2", ".zip": "unzip", ".7z": "7z x", ".lz4": "unlz4", ".br": "brotli -d"}
 """Suffixes of compressed files that are not read, and what unpacks them."""
 
@@ -92,15 +97,27 @@ def check_file(path: Path) -> Kind:
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"{path} is no regular file, and a resumed run reads it again; save it as a file")
         with path.open("rb") as stream:
-            head = stream.read(8)
+            head = stream.read(LOOKED_AT_BYTES if kind.format == "tokens" else 8)
         if not head:
             raise holds_no_text(path)
         if kind.format == "tokens" and found.st_size % 2:
             raise DataError(
                 f"{path} has {found.st_size} bytes, and token ids take two bytes each; is the file cut off?"
             )
+        if kind.format == "tokens":
+            _check_id_width(path, head)
     _check_head(path, kind, head)
     return kind
+
+
+def _check_id_width(path: Path, head: bytes) -> None:
+    # Ids of four or eight bytes have an empty upper half; read as uint16 it is the id 0, which every vocabulary has.
+    ids = len(head) // 2
+    if ids >= FEWEST_IDS and not any(head[2::4]) and not any(head[3::4]):
+        raise DataError(
+            f"{path}: every second of its first {ids:,} ids is 0, as where ids take four or eight bytes (uint32, "
+            f"int64), and they must take two; write them as uint16: ids.astype('<u2').tofile(...)"
+        )
 
 
 def _check_head(path: Path, kind: Kind, head: bytes) -> None:

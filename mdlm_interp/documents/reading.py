@@ -37,9 +37,17 @@ class Document:
     source: int
     """Number of its file in the list of files."""
     number: int
-    """Number of the document in that file, not counting those without text."""
+    """Its position in that file, from 0, where those without text count too: line of JSON lines, row of a table,
+    `.txt` of an archive; where <|endoftext|> separates, how many are before it; else its paragraph."""
     ids: NDArray[np.uint16] | None = field(default=None, compare=False)
     """Token ids, without an end-of-text; None where the file holds text."""
+    before: int = 0
+    """Documents in the files before its own, with or without text."""
+
+    @property
+    def running(self) -> int:
+        """Its position in all the files, one after the other."""
+        return self.before + self.number
 
 
 def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer | None = None) -> Iterator[Document]:
@@ -57,14 +65,19 @@ def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer | None = No
     for path, kind in zip(files, kinds, strict=True):
         if kind.format == "tokens" and tokenizer is None:
             raise DataError(f"{path} holds token ids, and this needs text; name the text that they are of")
+    before = 0
     for source, (path, kind) in enumerate(zip(files, kinds, strict=True)):
-        number = 0
+        count, empty = 0, True
         with explained(path):
             for text, ids in _contents(path, kind, tokenizer):
-                yield Document(text, source, number, ids)
-                number += 1
-        if number == 0:
+                # An empty one is passed over, and yet counted: the number leads back to the place in the file.
+                if (ids is not None and len(ids)) or (text and not text.isspace()):
+                    empty = False
+                    yield Document(text, source, count, ids, before)
+                count += 1
+        if empty:
             raise holds_no_text(path)
+        before += count
 
 
 def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
@@ -77,8 +90,8 @@ def _contents(
 ) -> Iterable[tuple[str, NDArray[np.uint16] | None]]:
     if kind.format == "tokens":
         assert tokenizer is not None
-        return (("", ids) for ids in read_tokens(path, tokenizer) if len(ids))
-    return ((text, None) for text in _texts(path, kind) if text and not text.isspace())
+        return (("", ids) for ids in read_tokens(path, tokenizer))
+    return ((text, None) for text in _texts(path, kind))
 
 
 def _texts(path: Path, kind: Kind) -> Iterator[str]:

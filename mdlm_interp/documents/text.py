@@ -35,7 +35,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD]")
 
 
 def read_text(file: PackedFile) -> Iterator[str]:
-    """The documents of a plain text."""
+    """The documents of a plain text; those between two marks may be empty."""
     # A file that marks its documents has blank lines inside them, so the whole file decides on the rule.
     split = _marked_documents if _has_marker(file) else _paragraphs
     with file.open_text() as stream:
@@ -64,7 +64,9 @@ def _marked_documents(stream: TextIOWrapper) -> Iterator[str]:
         kept = max(0, len(rest) - len(END_OF_TEXT) + 1)
         pending.append(rest[:kept])
         tail = rest[kept:]
-    yield "".join([*pending, tail])
+    # What follows the last mark is no document if there is nothing.
+    if (last := "".join([*pending, tail])) and not last.isspace():
+        yield last
 
 
 def _paragraphs(stream: TextIOWrapper) -> Iterator[str]:
@@ -72,17 +74,19 @@ def _paragraphs(stream: TextIOWrapper) -> Iterator[str]:
     for line in stream:
         if not line.isspace():
             pending.append(line)
-        else:
+        elif pending:
             yield "".join(pending)
             pending = []
-    yield "".join(pending)
+    if pending:
+        yield "".join(pending)
 
 
 def read_jsonl(file: PackedFile) -> Iterator[str]:
-    """The documents of a file of JSON lines."""
+    """The documents of a file of JSON lines, a blank line being an empty one."""
     with file.open_text() as stream:
         for number, line in enumerate(stream, start=1):
             if line.isspace():
+                yield ""  # so that documents are numbered as lines are
                 continue
             try:
                 record = json.loads(line)

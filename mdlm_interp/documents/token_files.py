@@ -68,7 +68,8 @@ def read_tokens(path: Path, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint16]
             f"{path} ends inside a document: its last {len(rest)} ids have no {END_OF_TEXT} "
             f"({tokenizer.eos_id}) after them; is the file cut off?"
         )
-    yield rest
+    if len(rest):
+        yield rest
 
 
 def _check_vocabulary(piece: NDArray[np.uint16], path: Path, position: int, tokenizer: Tokenizer) -> None:

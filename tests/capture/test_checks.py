@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from capture import run_capture
+from capture import open_store, run_capture
 from capture.checks import additions, check_additions
+from capture.writer import stored
 from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import StoreError
 
@@ -61,6 +63,44 @@ def test_activations_too_large_for_float16_are_refused_and_nothing_is_committed(
     assert run_capture(
         replace(config, hooks=("hook_embed",), dtype="bfloat16", out=config.out + "2")
     ).complete
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_finite_value_beyond_the_type_is_refused_and_an_infinite_one_is_kept(dtype):
+    """Exact: up to the value from which on rounding to nearest leaves the type."""
+    kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
+    end = torch.finfo(kind).max
+    step = end - float(torch.nextafter(torch.tensor(end, dtype=kind), torch.tensor(0.0, dtype=kind)))
+    beyond = torch.tensor([1.0, -(end + step / 2)])
+    below = torch.nextafter(beyond, torch.zeros(2))
+    kept = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    raw = stored(torch.cat([below[1:], kept]), dtype, "hook_embed")
+    found = torch.from_numpy(raw.view(np.int16)).view(kind)
+    assert torch.equal(found.nan_to_num(7, posinf=8, neginf=9), torch.tensor([-end, 8, 9, 7], dtype=kind))
+    wider = "bfloat16 or float32" if dtype == "float16" else "float32"
+    with pytest.raises(StoreError) as caught:
+        stored(beyond, dtype, "hook_embed")
+    assert str(caught.value) == (
+        f"hook_embed reaches {-float(beyond[1]):g} and {dtype} ends at {end:g}; capture with --dtype {wider}"
+    )
+
+
+def test_activations_too_large_for_bfloat16_are_refused_and_nothing_is_committed(config, monkeypatch):
+    original = HookedMDLM.run_with_cache
+
+    def louder(self, *args, **kwargs):
+        output, cache = original(self, *args, **kwargs)
+        return output, {name: torch.full_like(values, 3.4e38) for name, values in cache.items()}
+
+    monkeypatch.setattr(HookedMDLM, "run_with_cache", louder)
+    for dtype in ("bfloat16", "float16"):
+        changed = replace(config, hooks=("hook_embed",), dtype=dtype, out=f"{config.out}-{dtype}")
+        with pytest.raises(
+            StoreError, match=r"reaches 3\.4e\+38 and .* ends at .*; capture with --dtype float32$"
+        ):
+            run_capture(changed)
+        assert len(open_store(changed.out)) == 0
+    assert run_capture(replace(config, hooks=("hook_embed",))).complete
 
 
 def test_infinite_and_undefined_activations_are_counted(config, monkeypatch):

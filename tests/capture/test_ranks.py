@@ -203,7 +203,7 @@ def test_a_rank_that_was_lost_is_run_again_alone(wanted, alone):
 
 
 @pytest.mark.parametrize(
-    "step", ["set_rows", "_write_sequences", "_write_statistics", "file_hashes", "_clean"]
+    "step", ["set_rows", "_write_sequences", "_write_statistics", "file_hashes", "clean"]
 )
 def test_whoever_runs_again_completes_what_the_last_rank_could_not(wanted, alone, monkeypatch, step):
     run_capture(rank_of(wanted, 1, 2))

@@ -84,11 +84,14 @@ def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(config, tm
 
 def test_a_store_that_the_disk_cannot_hold_is_refused_before_writing(config, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**7, 8_100_000, 1_900_000))
     with pytest.raises(StoreError) as caught:
-        run_capture(config)
-    # A row has four hooks of 32 floats, five int64 and a bool (553 bytes), a token of a sequence 16 more.
-    assert "kB for 504 rows and its disk has 100.0 kB free; lower --max-rows to " in str(caught.value)
+        run_capture(replace(config, max_sequences=None))
+    # Six chunks of 256 rows of four hooks of 32 floats; columns for 16,384 rows (41 bytes each) and for 1,024
+    # sequences (16 bytes a token); about 80 kB of metadata, and of what waits for the end.
+    assert "needs 2.0 MB for 1,368 rows and its disk has 1.9 MB free; lower --max-rows to " in str(
+        caught.value
+    )
     assert "record fewer hooks, choose another --out, or start anyway with --any-disk" in str(caught.value)
     assert not Path(config.out).exists()
 
@@ -131,6 +134,16 @@ def test_a_full_disk_does_not_stop_who_insists(config, monkeypatch):
         ({"times": "fixed", "time": (0.5, 1.5)}, "time must be in [0, 1], 0 being clean text, got 1.5"),
         ({"times": "fixed", "time": (float("nan"),)}, "time must be in [0, 1], 0 being clean text, got nan"),
         ({"times": "fixed", "time": (0.5, 0.5)}, "time names a value twice: [0.5, 0.5]; name each once"),
+        (
+            {"times": "unmasked", "positions": "masked"},
+            "times unmasked is clean text at t = 0, where no token is masked, so positions masked would record "
+            "nothing; take other times, or positions all or unmasked",
+        ),
+        (
+            {"times": "fixed", "time": (0.0,), "positions": "masked"},
+            "times fixed is clean text at t = 0, where no token is masked, so positions masked would record "
+            "nothing; take other times, or positions all or unmasked",
+        ),
         ({"positions": "every"}, "positions every needs every, a whole number"),
         ({"positions": "random"}, "positions random needs per_sequence, a whole number"),
         ({"every": 2}, "every has no effect with positions 'all'"),

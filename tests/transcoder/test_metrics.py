@@ -156,5 +156,5 @@ def test_every_feature_that_was_active_is_in_the_density_plot(n_rows):
     """Exact: features active at one row and at all of them have bars too."""
     counts = np.array([[0, 1, 1, 2, n_rows - 1, n_rows], [0, 0, 0, 1, n_rows, n_rows]])
     axes = draw_density(counts / n_rows, n_rows, "").axes[0]
-    drawn = [patch.get_data().values.sum() for patch in axes.patches if isinstance(patch, StepPatch)]
+    drawn = [patch.get_data()[0].sum() for patch in axes.patches if isinstance(patch, StepPatch)]
     assert drawn == [5, 3]

@@ -132,14 +132,18 @@ def test_another_type_is_rounded_to_nearest_as_torch_rounds(another, tmp_path, t
         assert found.statistics(hook).mean.nan_to_num().equal(store.statistics(hook).mean.nan_to_num())
 
 
-def test_a_value_too_large_for_float16_is_refused(another, tmp_path, to, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        ("float16", -70000.0, "70000 and float16 ends at 65504; export with --dtype bfloat16 or float32"),
+        ("bfloat16", -3.4e38, r"3.4e\+38 and bfloat16 ends at 3.38953e\+38; export with --dtype float32"),
+    ],
+)
+def test_a_value_too_large_for_the_type_is_refused(another, tmp_path, to, monkeypatch, dtype, value, message):
     store = another(Plan())
-    monkeypatch.setattr(store.files.array(f"acts/{MLP}"), "take", lambda rows, out, at: out.fill(-70000.0))
-    with pytest.raises(
-        StoreError,
-        match=rf"{MLP} reaches 70000 and float16 ends at 65504; export with --dtype bfloat16 or float32$",
-    ):
-        export_store(store, tmp_path / "out", to=to, dtype="float16")
+    monkeypatch.setattr(store.files.array(f"acts/{MLP}"), "take", lambda rows, out, at: out.fill(value))
+    with pytest.raises(StoreError, match=f"{MLP} reaches {message}$"):
+        export_store(store, tmp_path / "out", to=to, dtype=dtype)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,12 +1,15 @@
-"""A service for the session, and a bucket of its own for each test."""
+"""A service for the session, a bucket of its own for each test, and one capture that tests only read."""
 
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from capture import ActivationStore, CaptureConfig, run_capture
 from tests.capture.remote.service import Gateway, gateway, make_bucket, s3_service
+from tests.capture.remote.stores import small
 
 NUMBERS = itertools.count()
 
@@ -42,3 +45,29 @@ def through(service: str) -> Iterator[Gateway]:
     """The same service behind a gateway."""
     with gateway(service) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def local(
+    model_directory: Path, texts: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory
+) -> ActivationStore:
+    """The capture into a directory; only to be read."""
+    return run_capture(small(model_directory, texts, tmp_path_factory.mktemp("local") / "run.zarr"))
+
+
+@pytest.fixture(scope="session")
+def remote(
+    model_directory: Path, texts: tuple[Path, ...], service: str, local: ActivationStore
+) -> ActivationStore:
+    """The same in an object store; only to be read."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("AWS_ACCESS_KEY_ID", "test")
+        patched.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        make_bucket(service, "captured")
+        return run_capture(small(model_directory, texts, "s3://captured/run.zarr", endpoint=service))
+
+
+@pytest.fixture
+def wanted(model_directory: Path, texts: tuple[Path, ...], url: str, through: Gateway) -> CaptureConfig:
+    """The same to an empty place behind a gateway."""
+    return small(model_directory, texts, url, endpoint=through.endpoint)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from mdlm_interp.documents import Document, compression, read_documents, text
+from mdlm_interp.documents import compression, read_documents, text
 from mdlm_interp.errors import DataError
 
 MARKER = "<|endoftext|>"
@@ -98,13 +98,25 @@ def test_a_parquet_file_is_a_document_a_row_of_its_text_column(tmp_path, texts, 
     assert texts(tmp_path / "a.parquet") == ["one", "two\n\nstill two"]
 
 
-def test_documents_are_numbered_within_their_file_and_blank_ones_not_counted(write):
-    paths = [write("a.txt", "one\n\n\n \n\ntwo"), write("b.jsonl", '{"text": ""}\n{"text": "three"}')]
-    assert list(read_documents(paths)) == [
-        Document("one", 0, 0),
-        Document("two", 0, 1),
-        Document("three", 1, 0),
+def test_documents_are_numbered_as_paragraphs_lines_and_marks_are(write):
+    """Exact: the number leads back to the place in the file."""
+    paths = [
+        write("a.txt", "\n\none\n\n\n \n\ntwo\n\n\n"),
+        write("b.jsonl", '{"text": ""}\n\n{"text": "three"}\n \n{"text": "four"}\n{"text": " "}\n'),
+        write("c.txt", f"{MARKER}five{MARKER}{MARKER}\n{MARKER}six{MARKER}\n"),
     ]
+    found = list(read_documents(paths))
+    assert [(one.text, one.source, one.number, one.before) for one in found] == [
+        ("one", 0, 0, 0),
+        ("two", 0, 1, 0),
+        ("three", 1, 2, 2),
+        ("four", 1, 4, 2),
+        ("five", 2, 1, 8),
+        ("six", 2, 4, 8),
+    ]
+    assert [one.running for one in found] == [0, 1, 4, 6, 9, 12]
+    assert paths[1].read_text().splitlines()[found[2].number] == '{"text": "three"}'
+    assert paths[2].read_text().split(MARKER)[found[5].number] == "six"
 
 
 def test_documents_are_read_as_they_are_asked_for(write):

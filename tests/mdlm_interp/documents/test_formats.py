@@ -18,6 +18,45 @@ def test_every_format_gives_the_same_documents_in_the_same_order(text_format, wr
     assert texts(write(name, content(sentences(300)))) == sentences(300)
 
 
+def test_every_format_numbers_documents_by_their_place_empty_ones_counted(
+    text_format, write, sentences, token_file, gpt2_tokenizer
+):
+    """Exact, over two files and beside a file of token ids."""
+    name, content = text_format
+    places = [0, 3, 4, 7]
+    given = ["" for _ in range(9)]
+    for place, text in zip(places, sentences(4), strict=True):
+        given[place] = text
+    files = [
+        write(f"1/{name}", content(given)),
+        write(f"2/{name}", content(given)),
+        write("3/a.bin", token_file(given, gpt2_tokenizer)),
+    ]
+    found = list(read_documents(files, gpt2_tokenizer))
+    assert [one.number for one in found] == places * 3
+    assert [one.running for one in found] == [9 * file + place for file in range(3) for place in places]
+    assert [one.text for one in found[:8]] == sentences(4) * 2
+
+
+@pytest.mark.parametrize("cut", [token_blocks, document_blocks])
+def test_the_documents_of_a_block_are_found_again_in_the_file(write, formats, sentences, gpt2_tokenizer, cut):
+    """Exact: with empty documents between, from any start."""
+    given = [text for one in sentences(60) for text in (one, "")]
+    path = write("a.jsonl", formats["a.jsonl"](given))
+    blocks = list(cut(read_documents([path]), gpt2_tokenizer, 16, wrap=False))
+    assert len(blocks) > 50
+    for block in blocks:
+        first = int(block.documents[0])
+        assert first == block.offset
+        coded = gpt2_tokenizer.encode(given[first])
+        own = [token for token, of in zip(block.ids, block.documents, strict=True) if of == first]
+        assert "".join(f"{t}," for t in own) in "".join(f"{t}," for t in [*coded, gpt2_tokenizer.eos_id])
+    again = list(cut(read_documents([path]), gpt2_tokenizer, 16, wrap=False, start=blocks[30].start))
+    assert [(one.offset, one.documents.tolist()) for one in blocks[-len(again) :]] == [
+        (one.offset, one.documents.tolist()) for one in again
+    ]
+
+
 def test_capitals_in_a_name_mean_the_same(text_format, write, sentences, texts):
     name, content = text_format
     assert texts(write(name.upper(), content(sentences(20)))) == sentences(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -33,7 +34,10 @@ def upstream_blocks(tokenizer, texts: list[str], length: int, group: int, wrap: 
 
 def numbered(texts: list[str]) -> list[Document]:
     """Documents of two files: the first five in one, the rest in the other."""
-    return [Document(text, int(n >= 5), n - 5 * int(n >= 5)) for n, text in enumerate(texts)]
+    return [
+        Document(text, int(n >= 5), n - 5 * int(n >= 5), None, 5 * int(n >= 5))
+        for n, text in enumerate(texts)
+    ]
 
 
 @given(TEXTS, st.integers(3, 9), st.integers(1, 6), st.booleans())
@@ -204,7 +208,8 @@ def test_a_text_that_became_shorter_than_the_start_is_refused(gpt2_tokenizer, cu
     with pytest.raises(DataError) as caught:
         list(cut(documents, gpt2_tokenizer, 8, start=StreamPosition(2000, 7)))
     assert str(caught.value) == (
-        "the text has 1500 documents, and the place to continue from is after 2000; keep the files as they were"
+        "the text has 1500 documents with text, and the place to continue from is after 2000; "
+        "keep the files as they were"
     )
 
 
@@ -228,7 +233,7 @@ def test_ids_and_text_give_the_same_blocks(gpt2_tokenizer, texts, packed):
     """Exact, also where a stream has both."""
     cut = token_blocks if packed else document_blocks
     mixed = [
-        Document("", document.source, document.number, np.array(gpt2_tokenizer.encode(document.text), "<u2"))
+        replace(document, text="", ids=np.array(gpt2_tokenizer.encode(document.text), "<u2"))
         if number % 3
         else document
         for number, document in enumerate(numbered(texts))

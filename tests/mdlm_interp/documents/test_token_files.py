@@ -12,11 +12,14 @@ from mdlm_interp.documents import read_documents, token_files
 EOS = 266
 
 
-def ids_of(path, tokenizer) -> list[list[int]]:
+def numbered_ids_of(path, tokenizer) -> list[tuple[int, list[int]]]:
     found = list(read_documents([path], tokenizer))
-    assert [document.number for document in found] == list(range(len(found)))
     assert all(document.text == "" for document in found)
-    return [document.ids.tolist() for document in found if document.ids is not None]
+    return [(document.number, document.ids.tolist()) for document in found if document.ids is not None]
+
+
+def ids_of(path, tokenizer) -> list[list[int]]:
+    return [ids for _, ids in numbered_ids_of(path, tokenizer)]
 
 
 def as_bytes(*ids: int) -> bytes:
@@ -27,17 +30,17 @@ def as_bytes(*ids: int) -> bytes:
 def test_documents_do_not_depend_on_where_the_file_is_cut_into_pieces(
     gpt2_tokenizer, tmp_path_factory, documents, leading, piece
 ):
-    """Exact, with the mark after each document or before each; empty ones are not documents."""
+    """Exact, with the mark after each document or before each; a document's number is the marks before it."""
     assert gpt2_tokenizer.eos_id == EOS
     ids = [token for one in documents for token in ([EOS, *one] if leading else [*one, EOS])]
-    expected = [one for one in documents if one]
+    expected = [(number, one) for number, one in enumerate(documents, start=leading) if one]
     if not expected:
         return
     path = tmp_path_factory.mktemp("tokens") / "a.bin"
     path.write_bytes(as_bytes(*ids))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(token_files, "PIECE_TOKENS", piece)
-        assert ids_of(path, gpt2_tokenizer) == expected
+        assert numbered_ids_of(path, gpt2_tokenizer) == expected
 
 
 def test_a_file_without_an_end_of_text_is_one_document(write, gpt2_tokenizer):
@@ -104,3 +107,36 @@ def test_a_file_of_nothing_but_ends_is_refused(write, refusal, gpt2_tokenizer):
     assert refusal(write("a.bin", as_bytes(EOS, EOS)), gpt2_tokenizer) == (
         " holds no text; remove it from the list or check how it was written"
     )
+
+
+@pytest.mark.parametrize("width", ["<i4", "<u4", "<i8"])
+@pytest.mark.parametrize("count", [16, 100_000])
+def test_ids_of_four_or_eight_bytes_are_refused(write, refusal, gpt2_tokenizer, width, count):
+    """Exact: also where the other words are ids of the vocabulary, as here."""
+    ids = np.arange(count) % 200 + 1
+    ids[-1] = EOS
+    looked_at = min(count * np.dtype(width).itemsize // 2, 2**15)
+    assert refusal(write("a.bin", ids.astype(width).tobytes()), gpt2_tokenizer) == (
+        f": every second of its first {looked_at:,} ids is 0, as where ids take four or eight bytes (uint32, int64), "
+        f"and they must take two; write them as uint16: ids.astype('<u2').tofile(...)"
+    )
+
+
+def test_wide_ids_are_found_in_the_last_file_before_the_first_is_read(write, gpt2_tokenizer):
+    paths = [write("1/a.bin", as_bytes(1, EOS)), write("2/a.bin", np.arange(99, dtype="<u4").tobytes())]
+    with pytest.raises(ValueError, match="every second of its first 198 ids is 0"):
+        next(read_documents(paths, gpt2_tokenizer))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [1, 0, 2, 0, 3, EOS],
+        [*[5, 0] * 20, 5, 1, EOS],
+        [*[0, 5] * 40, EOS],
+        [*[5, 256] * 40, EOS],
+    ],
+    ids=["few", "one other", "the others", "low byte zero"],
+)
+def test_ids_that_are_often_zero_are_read(write, gpt2_tokenizer, ids):
+    assert ids_of(write("a.bin", as_bytes(*ids)), gpt2_tokenizer) == [ids[:-1]]

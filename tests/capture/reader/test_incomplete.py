@@ -1,0 +1,100 @@
+"""Of a store that is being written, what is committed reads right and nothing else is there."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from capture.manifest import to_bytes
+from capture.reader import ActivationStore
+from mdlm_interp.errors import StoreError
+from tests.capture.reader.opening import SHARD_ROWS
+from tests.capture.stores import (
+    LENGTH,
+    MLP,
+    Elsewhere,
+    Plan,
+    make_store,
+    write_manifests,
+)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_statistics_of_an_incomplete_store_are_those_of_its_committed_rows(tmp_path, opened, shards):
+    plan = Plan(complete=False, shard_rows=256, committed_shards=shards)
+    truth = make_store(tmp_path / "run.zarr", plan)
+    acts = truth.acts[MLP][: 256 * shards].astype(np.float64)
+    count, mean, mean_square = opened(truth.root).statistics(MLP).pooled()
+    assert count == 256 * shards
+    np.testing.assert_allclose(mean.numpy(), acts.mean(axis=0), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(mean_square, (acts**2).mean(), rtol=1e-12)
+
+
+def test_only_committed_rows_are_read(partial, opened):
+    store = opened(partial.root)
+    complete = int((np.append(partial.sequences["row"][1:], len(partial.t)) <= SHARD_ROWS).sum())
+    assert (len(store), store.n_sequences, store.complete) == (SHARD_ROWS, complete, False)
+    assert partial.columns["seq"][SHARD_ROWS - 1] == complete, "a sequence should lie across the end"
+    assert np.array_equal(store.read(slice(None), MLP)[MLP].numpy(), partial.acts[MLP][:SHARD_ROWS])
+    assert np.array_equal(store.times().numpy(), partial.sequences["t"][:complete])
+    for found, name in zip(store.tokens(), ("x0", "xt"), strict=True):
+        assert np.array_equal(found.numpy(), partial.sequences[name][:complete])
+    with pytest.raises(StoreError, match=r"got 512; the store is incomplete, 512 of 886 rows are committed"):
+        store.read([SHARD_ROWS])
+    ends = partial.sequences["row"][complete - 1 : complete + 1]
+    assert store.sequence_rows(complete - 1) == slice(int(ends[0]), int(ends[1]))
+    with pytest.raises(StoreError, match=rf"sequences are in \[0, {complete}\)"):
+        store.sequence_rows(complete)
+
+
+def test_the_time_of_a_sequence_that_is_not_committed_whole_is_not_known(partial, opened):
+    store = opened(partial.root)
+    t = store.coords(slice(None))["t"].numpy()
+    known = partial.columns["seq"][:SHARD_ROWS] < store.n_sequences
+    assert 0 < known.sum() < SHARD_ROWS
+    assert np.array_equal(t[known], partial.t[:SHARD_ROWS][known])
+    assert np.isnan(t[~known]).all()
+
+
+@pytest.mark.parametrize("committed", [0, 1])
+def test_a_store_opens_whatever_is_committed(tmp_path, opened, committed):
+    truth = make_store(tmp_path / "run.zarr", Plan(complete=False, committed_shards=committed))
+    store = opened(truth.root)
+    assert len(store) == committed * SHARD_ROWS
+    assert store.read(slice(None), MLP)[MLP].shape == (len(store), 5)
+    assert store.tokens()[0].shape == (store.n_sequences, LENGTH)
+    assert store.coords([])["t"].shape == (0,)
+    assert store.statistics(MLP).count.sum() == len(store)
+    assert len(store.fingerprint()) == 64
+
+
+def test_ranks_that_are_writing_are_read_up_to_the_first_gap(tmp_path, opened):
+    truth = make_store(tmp_path / "run.zarr", Plan(shard_rows=256, complete=False))
+    shards = truth.manifest.shards
+    assert len(shards) == 4
+    (truth.root / "manifest.json").unlink()
+    write_manifests(truth.root, truth.manifest, world_size=3)
+    assert len(opened(truth.root)) == 886
+    write_manifests(
+        truth.root, replace(truth.manifest, shards=(shards[0], shards[1], shards[3])), world_size=3
+    )
+    store = opened(truth.root)
+    assert len(store) == 512
+    assert np.array_equal(store.read(slice(None), MLP)[MLP].numpy(), truth.acts[MLP][:512])
+    assert store.n_sequences == shards[1].sequences[1] == len(store.times())
+    (truth.root / "manifest.rank-2-of-3.json").unlink()
+    assert len(opened(truth.root)) == 512
+
+
+def test_a_manifest_that_replaces_those_of_ranks_meanwhile_is_found(made, copy):
+    class Moving(Elsewhere):
+        """Its manifest appears between a look at the names and the reading."""
+
+        looks = 0
+
+        def names(self, directory: str = "") -> list[str]:
+            self.looks += 1
+            return ["manifest.rank-0-of-2.json"] if self.looks == 1 else ["manifest.json", "zarr.json"]
+
+    (copy / "manifest.json").write_bytes(to_bytes(made.manifest))
+    assert len(ActivationStore(Moving(copy))) == 886
