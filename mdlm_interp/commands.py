@@ -1,4 +1,4 @@
-"""The commands that need only the model: info, fill, sample, ppl, export-hf."""
+"""The commands that need only the model: info, fill, ppl, export-hf."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch
 
 from mdlm_interp.checkpoints import resolve_source, weights_sha256
 from mdlm_interp.config_args import parse_args
-from mdlm_interp.decoding import ancestral_sample
 from mdlm_interp.documents import read_documents, token_blocks
 from mdlm_interp.errors import ConfigError, DataError
 from mdlm_interp.evaluation import N_TIME_BINS, Nelbo, nelbo, pooled
-from mdlm_interp.filling import check_fits, encode_prompt, fill_masks
+from mdlm_interp.filling import check_fits, fill_masks
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
 
@@ -105,60 +104,6 @@ def fill(argv: list[str]) -> int:
     for prediction in result.masks:
         best = "  ".join(f"{word!r} {probability:.3f}" for word, probability in prediction.top)
         print(f"  position {prediction.position}: {best}")
-    return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig(ModelChoice):
-    """Write text from masks by ancestral sampling."""
-
-    prompt: str = ""
-    """Text that the samples begin with; [MASK] inside it is filled too."""
-    n: int = 1
-    """Number of samples."""
-    length: int | None = None
-    """Tokens in a sample; the model's context if none."""
-    steps: int = 64
-    """Denoising steps."""
-    temperature: float = 1.0
-    """Divides the log-probabilities; 0 takes the most probable token."""
-    seed: int = 0
-    """Key of all draws: the same seed gives the same text."""
-    batch_size: int = 16
-    """Samples that are denoised together."""
-
-    def __post_init__(self) -> None:
-        for name in ("n", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-def sample(argv: list[str]) -> int:
-    """`mdlm-interp sample [PROMPT]`."""
-    config = parse_args(SampleConfig, argv, prog="mdlm-interp sample", positional=("prompt",))
-    model, tokenizer = config.load()
-    length = sequence_length(config.length, 1, model)
-    start = torch.full((1, length), model.config.mask_id)
-    if config.prompt:
-        prompt = encode_prompt(model, tokenizer, config.prompt)
-        if prompt.shape[1] > length:
-            raise DataError(f"the prompt has {prompt.shape[1]} tokens, a sample {length}; raise length")
-        start[:, : prompt.shape[1]] = prompt
-    for first in range(0, config.n, config.batch_size):
-        numbers = range(first, min(first + config.batch_size, config.n))
-        ids = ancestral_sample(
-            model,
-            start.expand(len(numbers), -1),
-            steps=config.steps,
-            seed=config.seed,
-            temperature=config.temperature,
-            indices=numbers,
-            progress=True,
-        )
-        for number, row in zip(numbers, ids.tolist(), strict=True):
-            if number > 0:
-                print("---")
-            print(tokenizer.decode(row), flush=True)
     return 0
 
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mdlm_interp.diffusion import LogLinearSchedule, subs_log_probs
+from mdlm_interp.decoding.denoiser import predict
 from mdlm_interp.errors import DataError
 from mdlm_interp.model import HookedMDLM
-from mdlm_interp.shapes import Float64, Int64
+from mdlm_interp.shapes import Int64
 from mdlm_interp.tokenizers import MASK, Tokenizer
+
+__all__ = ["FillResult", "MaskPrediction", "check_fits", "encode_prompt", "fill_masks", "predict"]
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,6 @@ def encode_prompt(model: HookedMDLM, tokenizer: Tokenizer, text: str) -> Int64[t
             f"the text has {len(ids)} tokens, the model's context is {model.config.model_length}; shorten it"
         )
     return torch.tensor([ids])
-
-
-def predict(
-    model: HookedMDLM, x_t: Int64[torch.Tensor, "batch pos"]
-) -> Float64[torch.Tensor, "batch pos vocab"]:
-    """SUBS probabilities of the clean tokens in float64, at the time that the share of masks suggests."""
-    mask_id = model.config.mask_id
-    share = (x_t == mask_id).double().mean(1)
-    sigma = LogLinearSchedule().sigma(share).float().to(model.device)
-    with torch.inference_mode():
-        logits = model(x_t.to(model.device), sigma)
-    return subs_log_probs(logits.cpu().double(), x_t.cpu(), mask_id).exp()
 
 
 def fill_masks(model: HookedMDLM, tokenizer: Tokenizer, text: str, top_k: int = 5) -> FillResult:

@@ -1,12 +1,12 @@
-"""Ancestral sampling with the SUBS parameterisation.
+"""Ancestral sampling with the SUBS parameterisation, and the two short ways to it.
 
 From t = 1 down to 0 on a linear grid: each masked position is revealed with probability (t - s) / t, its
 token drawn from the model's distribution; a revealed token never changes. The last step reveals the rest.
 Draws use the inverse CDF in float64 from numbers keyed by (seed, step, position), so changing one token
-or one feature shifts no other draw. (float32 Gumbel noise, as first published, lowers the temperature.)
+or one feature shifts no other draw.
 
 Source:
-    Sahoo et al. 2024, arXiv:2406.07524, section 3.2; Zheng et al. 2024, arXiv:2409.02908 on float32 noise.
+    Sahoo et al. 2024, arXiv:2406.07524, section 3.2.
 """
 
 # Axes: batch, pos, vocab
@@ -14,15 +14,17 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from mdlm_interp.errors import DataError
-from mdlm_interp.filling import predict
+from mdlm_interp.decoding.denoiser import predict
+from mdlm_interp.decoding.draws import Draw, inverse_cdf
+from mdlm_interp.decoding.sampler import sample, start_tokens
+from mdlm_interp.decoding.schedules import Ancestral
+from mdlm_interp.decoding.settings import Sampler
+from mdlm_interp.errors import ConfigError, DataError
 from mdlm_interp.model import HookedMDLM
-from mdlm_interp.randomness import uniforms
 from mdlm_interp.shapes import Float64, Int64
 
 
@@ -43,25 +45,49 @@ def ancestral_sample(
         temperature: Divides the log-probabilities; 0 takes the most probable token.
         indices: Number of each sequence, the key of its draws; by default its row.
     """
-    if steps < 1:
-        raise DataError(f"steps must be at least 1, got {steps}")
-    if not 0.0 <= temperature < float("inf"):
-        raise DataError(f"temperature must be at least 0 and finite, got {temperature}")
-    mask_id = model.config.mask_id
-    numbers = list(indices) if indices is not None else list(range(start.shape[0]))
-    x = start.clone()
-    for step in tqdm(range(steps), desc="denoise", unit="step", disable=None if progress else True):
-        is_masked = x == mask_id
-        if not bool(is_masked.any()):
-            break
-        reveal, choose = (
-            torch.from_numpy(np.stack([uniforms(seed, f"{what}:{step}", n, x.shape[1]) for n in numbers]))
-            for what in ("reveal", "token")
-        )
-        # With t = 1 - step / steps and s = t - 1 / steps: (t - s) / t, which is 1 in the last step.
-        revealed = is_masked & (reveal < 1.0 / (steps - step))
-        x = torch.where(revealed, draw(predict(model, x), choose, temperature), x)
-    return x
+    try:
+        sampler = Sampler(schedule=Ancestral(steps=steps), draw=Draw(temperature=temperature))
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    return sample(
+        lambda x, sigma: predict(model, x).log(),
+        start,
+        sampler,
+        seed=seed,
+        indices=indices,
+        mask_id=model.config.mask_id,
+        progress=progress,
+    ).final
+
+
+def generate(
+    model: Any,
+    seq_len: int,
+    num_steps: int = 128,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    prompt_ids: Sequence[int] = (),
+    mask_id: int | None = None,
+) -> Int64[torch.Tensor, "1 pos"]:
+    """One sequence by ancestral sampling, called as the flash-attn-free port of MDLM is.
+
+    Args:
+        model: A HookedMDLM, an exported one loaded with transformers, or another with its mask_id.
+        generator: Gives the seed, and is a different one after each call; torch's default one if none.
+        prompt_ids: Tokens that the sequence begins with.
+    Source:
+        The model card of TheQweaker/mdlm-owt-noflash. Its draws come of other random numbers.
+    """
+    if seq_len < 1:
+        raise DataError(f"seq_len must be at least 1, got {seq_len}")
+    seed = int(
+        torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else "cpu")
+    )
+    start = start_tokens(model, seq_len, prompt_ids, mask_id=mask_id)
+    sampler = Sampler(schedule=Ancestral(steps=num_steps), draw=Draw(temperature=temperature, top_k=top_k))
+    return sample(model, start, sampler, seed=seed, mask_id=mask_id).final
 
 
 def draw(
@@ -74,7 +100,4 @@ def draw(
         return probabilities.argmax(-1)
     if temperature != 1.0:
         probabilities = (probabilities.log() / temperature).softmax(-1)
-    cumulative = probabilities.cumsum(-1)
-    # Scaling by the last sum keeps a uniform near 1 from falling past the end; "right" never picks a zero.
-    target = uniform[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, target, right=True)[..., 0].clamp(max=probabilities.shape[-1] - 1)
+    return inverse_cdf(probabilities, uniform)
