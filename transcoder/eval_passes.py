@@ -87,7 +87,7 @@ class Passes:
         like = self._residuals[layer]
         if kind == "zero":
             return torch.zeros_like(like)
-        return self._replacement.clt.out_mean[layer].expand_as(like).to(like.dtype)
+        return self._replacement.mean_output(layer).expand_as(like).to(like.dtype)
 
     def _resumed(self, layer: int, written: Float[Tensor, "batch pos d_model"]) -> Tensor:
         model: HookedMDLM = self._replacement.model

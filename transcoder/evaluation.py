@@ -27,7 +27,7 @@ from mdlm_interp.diffusion import LogLinearSchedule, corrupt, sequence_times
 from mdlm_interp.errors import DataError
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.shapes import Float, Float64, Int64
-from transcoder.data import RowStore
+from transcoder.data import RowStore, store_normalisation
 from transcoder.eval_error_terms import ErrorTermCheck, check_error_terms
 from transcoder.eval_passes import Passes, all_conditions
 from transcoder.eval_scores import ORIGINAL, Condition, Estimate, Scorer, Scores, SequenceSums
@@ -35,7 +35,7 @@ from transcoder.held_out import held_out_sequences
 from transcoder.identity import check_store
 from transcoder.metrics import STRATA, LayerMetrics, ReconstructionMetrics, t_bin_of
 from transcoder.model import CrossLayerTranscoder
-from transcoder.replacement import ReplacementModel
+from transcoder.replacement import ReplacementModel, outputs_of
 
 ORACLE_SEQUENCES = 2
 """Sequences on which error terms are added back, unless asked for otherwise."""
@@ -144,7 +144,10 @@ def evaluate(
     n_excluded: int | None = None
     if not isinstance(data, Tensor | NoisedSequences):
         check_store(clt, data)
-    replacement = ReplacementModel(model, clt)
+    outputs = outputs_of(clt)
+    if outputs is None and not isinstance(data, Tensor | NoisedSequences):
+        outputs = store_normalisation(data, clt.config.output_hooks)
+    replacement = ReplacementModel(model, clt, outputs=outputs)
     if isinstance(data, Tensor):
         data = NoisedSequences.from_tokens(data, model.config.mask_id, seed)
     elif not isinstance(data, NoisedSequences):
@@ -180,7 +183,7 @@ def _measure(
 ) -> tuple[ReconstructionMetrics, dict[Condition, SequenceSums]]:
     """Every condition on every batch."""
     conditions = all_conditions(replacement.clt.config.n_layers)
-    metrics = ReconstructionMetrics(replacement.clt, T_BINS)
+    metrics = ReconstructionMetrics(replacement.clt, T_BINS, outputs=replacement.outputs)
     sums = {name: SequenceSums.empty(len(data.x_0)) for name in (ORIGINAL, *conditions)}
     passes = len(data.x_0) * len(sums)
     with tqdm(total=passes, desc="evaluate", unit="pass", disable=None if progress else True) as bar:

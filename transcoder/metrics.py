@@ -30,6 +30,7 @@ from torch.nn.functional import cosine_similarity
 
 from mdlm_interp.shapes import Bool, Float, Float64, Int64
 from transcoder.model import CrossLayerTranscoder
+from transcoder.normalisation import Normalisation
 
 STRATA = ("all", "unmasked", "masked")
 _GROUPS_OF = {"all": slice(0, 2), "unmasked": slice(0, 1), "masked": slice(1, 2)}
@@ -80,10 +81,14 @@ class ReconstructionMetrics:
 
     Args:
         t_bins: Equal parts of [0, 1] in t to tell apart.
+        outputs: Normalisation of the outputs, whose variance is the unit of nmse; none takes the transcoder's.
     """
 
-    def __init__(self, clt: CrossLayerTranscoder, t_bins: int = 1) -> None:
+    def __init__(
+        self, clt: CrossLayerTranscoder, t_bins: int = 1, *, outputs: Normalisation | None = None
+    ) -> None:
         config = clt.config
+        self.outputs = outputs or Normalisation(clt.out_mean.double(), clt.out_scale.double())
         by_group = (config.n_layers, 2, t_bins)
         self.clt, self.t_bins = clt, t_bins
         self.n_rows = torch.zeros(2, t_bins, dtype=torch.float64)
@@ -136,7 +141,7 @@ class ReconstructionMetrics:
     ) -> None:
         """Add one layer of the rows that `add_rows` counted."""
         # About the store's mean, which leaves less to cancel in the variance.
-        target = y.double() - self.clt.out_mean[layer].double()
+        target = y.double() - self.outputs.mean[layer].to(y.device)
         error = y_hat.double() - y.double()
         cosine = cosine_similarity(y_hat.double(), y.double(), dim=-1)
         # Counts of a batch are exact in float32, whose products are faster.
@@ -172,7 +177,7 @@ class ReconstructionMetrics:
         error_variance = (error_squares - errors.square() / n) / n
         mean_square = error_squares / n
         # In units of the store's variance, as the transcoder normalises it.
-        unit = self.clt.out_scale.double().cpu().square()
+        unit = self.outputs.scale.cpu().square()
         found = []
         for layer in range(targets.shape[0]):
             reason = _why_undefined(

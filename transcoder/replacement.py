@@ -32,6 +32,7 @@ from mdlm_interp.shapes import Bool, Float, Int64
 from transcoder.error_terms import ErrorTerm, ErrorTerms
 from transcoder.identity import check_model
 from transcoder.model import CrossLayerTranscoder
+from transcoder.normalisation import Normalisation
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,33 @@ class _Reconstruction:
             kept.clear()
 
 
+def outputs_of(clt: CrossLayerTranscoder) -> Normalisation | None:
+    """The normalisation of the MLP outputs that a transcoder was trained with; None if it has none."""
+    if not bool(clt.out_mean.any()) and bool((clt.out_scale == 1).all()):
+        return None
+    return Normalisation(clt.out_mean.double(), clt.out_scale.double())
+
+
 class ReplacementModel:
     """A model and the transcoder that can stand in for its MLPs.
 
     Args:
+        outputs: Normalisation of the MLP outputs, whose mean an ablation takes and whose variance is the unit of
+            errors; none takes the transcoder's, of its training store, which an imported one does not have.
         check: Run the model on the transcoder's probe, to be sure that they belong together.
     Raises:
         CheckpointError: If the transcoder was trained on another model.
         DataError: If the two differ in dtype or device, or the model would drop activations at random.
     """
 
-    def __init__(self, model: HookedMDLM, clt: CrossLayerTranscoder, *, check: bool = True) -> None:
+    def __init__(
+        self,
+        model: HookedMDLM,
+        clt: CrossLayerTranscoder,
+        *,
+        outputs: Normalisation | None = None,
+        check: bool = True,
+    ) -> None:
         ours, theirs = (clt.b_dec.dtype, clt.b_dec.device), (model.dtype, model.device)
         if ours != theirs:
             raise DataError(
@@ -114,6 +131,20 @@ class ReplacementModel:
         if check:
             check_model(clt, model)
         self.model, self.clt = model, clt
+        self.outputs = outputs or outputs_of(clt)
+
+    def mean_output(self, layer: int) -> Float[Tensor, " d_model"]:
+        """What ablation to the mean writes.
+
+        Raises:
+            DataError: If it is not known.
+        """
+        if self.outputs is None:
+            raise DataError(
+                "the transcoder was imported and keeps no mean of the MLP outputs; hand evaluate() a store, or "
+                "ReplacementModel the outputs of store_normalisation(store, clt.config.output_hooks)"
+            )
+        return self.outputs.mean[layer].to(self.clt.b_dec)
 
     def __call__(
         self,
@@ -213,10 +244,10 @@ class ReplacementModel:
 
     @contextmanager
     def ablated(self, kind: Literal["zero", "mean"], layers: Sequence[int] | None = None) -> Iterator[None]:
-        """Replace MLP outputs by zero, or by their mean over the transcoder's training store."""
+        """Replace MLP outputs by zero, or by their mean; see `mean_output`."""
 
         def write(target: int) -> HookFunction:
-            value = self.clt.out_mean[target]
+            value = self.mean_output(target) if kind == "mean" else self.clt.b_dec[target]
 
             def replace(tensor: Tensor, hook: HookPoint) -> Tensor:
                 return (

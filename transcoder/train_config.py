@@ -122,6 +122,12 @@ class TrainConfig:
                 f"batch_size must be a multiple of t_bins, got {self.batch_size} and {self.t_bins}; change either"
             )
 
+        if self.select == "unmasked" and self.row_weights != "equal":
+            raise ConfigError(
+                f"row_weights {self.row_weights} gives the last layer's unmasked rows no weight, and select unmasked "
+                f"leaves it no others; set row_weights to equal or select to all"
+            )
+
     def check_objective(self, activation: str, n_features: int, k: int | None) -> None:
         """Raise ConfigError if the objective does not fit the activation."""
         selects = activation in ("topk", "batchtopk")

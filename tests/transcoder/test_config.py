@@ -29,6 +29,11 @@ from transcoder.demo import DemoConfig
         ({"lr": math.nan}, "lr must be above 0 and finite, got nan; leave it out for 0.002"),
         ({"decay_fraction": 1.5}, "decay_fraction must be in [0, 1], got 1.5; leave it out for 0.2"),
         ({"decay_fraction": math.nan}, "decay_fraction must be in [0, 1], got nan"),
+        (
+            {"select": "unmasked", "row_weights": "subs"},
+            "row_weights subs gives the last layer's unmasked rows no weight, and select unmasked leaves it no others; "
+            "set row_weights to equal or select to all",
+        ),
         ({"betas": (0.9, 1.0)}, "betas must be in [0, 1), got (0.9, 1.0); leave it out for 0.9,0.95"),
         ({"betas": (math.nan, 0.9)}, "betas must be in [0, 1), got (nan, 0.9)"),
         ({"betas": (-0.1, 0.9)}, "betas must be in [0, 1), got (-0.1, 0.9)"),

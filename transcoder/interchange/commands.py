@@ -130,6 +130,7 @@ def import_(argv: Sequence[str]) -> int:
     shape = found.clt.config
     print(f"{config.out}: {found.clt.extra_repr()}, from {found.format}")
     print(f"reads {shape.input_hook}, writes {shape.output_hook}")
+    print("against the files read, in float64:")
     print("\n".join(found.certificate.lines()))
     for note in found.notes:
         print(f"note: {note}")

@@ -85,7 +85,7 @@ def export_clt(
         certificate = certify(form, found, x[0], x[1] if rows is None else rows_of)
         if clt.training_sequences is not None:
             write_tensors(partial / SEQUENCES, {"hashes": torch.from_numpy(clt.training_sequences)})
-        write_json(partial / RECORD, record_of(clt, form, to, fold, certificate, told))
+        write_json(partial / RECORD, record_of(clt, form, to, fold, certificate, told, partial))
         with replacing(partial / "README.md") as file:
             file.write_text(readme(form, to, fold, certificate, told), encoding="utf-8")
     return Exported(directory, form, certificate, told)

@@ -1,6 +1,7 @@
 """The commands, and the jumprelu that stands in for a topk."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 from capture import open_store
 from mdlm_interp.__main__ import main
 from mdlm_interp.errors import DataError
-from transcoder import CrossLayerTranscoder
+from transcoder import CrossLayerTranscoder, TranscoderConfig, evaluate
 from transcoder.checkpoint import load_clt
+from transcoder.eval_scores import MEAN, ZERO
+from transcoder.evaluation import NoisedSequences
+from transcoder.interchange import export_clt, import_clt
 from transcoder.interchange.thresholds import as_jumprelu, held_out_rows
+from transcoder.run import train
 
 
 def run(capsys, *argv):
@@ -137,3 +142,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, trained_directory,
     assert message in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_files_of_two_exports_are_not_taken_for_one(draw, tmp_path, capsys):
+    config = TranscoderConfig(n_layers=3, d_model=4, n_features=5, activation="jumprelu")
+    for number in (1, 2):
+        export_clt(draw(config, number), tmp_path / str(number), "circuit-tracer")
+    shutil.copy(tmp_path / "2" / "W_dec_2.safetensors", tmp_path / "1")
+    code, _, error = run(capsys, "clt", "import", tmp_path / "1", "--out", tmp_path / "back")
+    assert code == 2
+    assert "W_dec_2.safetensors is not the file that interchange.json was written with; restore the" in error
+    assert not (tmp_path / "back").exists()
+    (tmp_path / "1" / "interchange.json").unlink()
+    assert run(capsys, "clt", "import", tmp_path / "1", "--out", tmp_path / "back")[0] == 0
+
+
+def test_an_imported_transcoder_is_evaluated_with_the_stores_mean_and_variance(
+    run_config, model, store, tmp_path
+):
+    """Bounded: the weights were rounded once, and the mean and the unit of errors are the store's."""
+    settings = replace(run_config.train, sparsity="tanh")
+    trained = train(replace(run_config, activation="jumprelu", k=None, train=settings))
+    export_clt(trained, tmp_path / "out", "circuit-tracer")
+    imported = import_clt(tmp_path / "out").clt
+    before, after = (evaluate(model, clt, store, oracle_sequences=None) for clt in (trained, imported))
+    zero, mean = (before.delta_nelbo(kind).value for kind in (ZERO, MEAN))
+    assert abs(zero - mean) > 1e-3  # they can be told apart
+    assert after.delta_nelbo(MEAN).value == pytest.approx(mean, abs=1e-6)
+    for ours, theirs in zip(before.layers["all"], after.layers["all"], strict=True):
+        assert theirs.nmse == pytest.approx(ours.nmse, rel=1e-3)
+    given = NoisedSequences.from_store(store, [0, 1])
+    with pytest.raises(DataError, match="was imported and keeps no mean of the MLP outputs; hand evaluate"):
+        evaluate(model, imported, given, oracle_sequences=None)

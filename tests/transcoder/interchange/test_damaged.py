@@ -22,13 +22,14 @@ TENSORS = {
 
 @pytest.fixture
 def exported(draw, tmp_path):
-    """Makes an export of each format."""
+    """Makes files of each format as another tool would: without a record of what they were written as."""
 
     def make(to, **changes):
         connectivity = "plt" if to == "saelens" else "clt"
         shape = {"connectivity": connectivity, "activation": "jumprelu", **changes}
         config = TranscoderConfig(n_layers=3, d_model=4, n_features=5, **shape)
         export_clt(draw(config, 1), tmp_path / "out", to)
+        (tmp_path / "out" / "interchange.json").unlink()
         return tmp_path / "out"
 
     return make
