@@ -114,7 +114,7 @@ class Hdf5Writer:
         """The file's own attributes, with their hash."""
         plain = {k: json.dumps(value) if k in _AS_JSON else value for k, value in attributes.items()}
         for name, value in {**plain, _HASH: _attributes_hash(plain)}.items():
-            self._file.attrs[name] = value
+            self._file.attrs[name] = _fixed(value) if isinstance(value, str) else value
 
     def array(
         self,
@@ -246,8 +246,18 @@ class Hdf5Rows(CheckedRows):
             raise self._export.damaged(f"rows {start} to {stop}: {error}", self._path) from None
 
 
+def _fixed(text: str) -> NDArray[Any]:
+    """Text as a string of fixed length.
+
+    HDF5 keeps those of variable length in a heap without checksums, and reads on for ever where that is damaged.
+    """
+    content = text.encode()
+    return np.array(content, dtype=h5py_module().string_dtype("utf-8", max(1, len(content))))
+
+
 def _native(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    found = value.item() if isinstance(value, np.generic) else value
+    return found.decode() if isinstance(found, bytes) else found
 
 
 def _attributes_hash(attributes: Mapping[str, str | int | bool]) -> str:

@@ -33,7 +33,7 @@ def test_h5py_alone_reads_an_export(made, store, tmp_path):
     for name, values in made.sequences.items():
         assert_same_bits(file[f"seqs/{name}"][:], values)
     assert_same_bits(file[f"stats/{SCALE}/mean"][:], made.moments[SCALE].arrays()["mean"])
-    assert file.attrs["format"] == schema.FORMAT
+    assert file.attrs["format"].decode() == schema.FORMAT
     assert [axis.label for axis in file[f"acts/{HEADS}"].dims] == ["row", "head", "d_head"]
     assert file["rows/doc"].attrs["description"] == schema.ROW_COLUMNS["doc"].description
 
