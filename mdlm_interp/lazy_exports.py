@@ -21,12 +21,14 @@ def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], obje
     """A package's `__getattr__` and `__dir__`.
 
     Args:
-        homes: The module of each name that is loaded when first used.
+        homes: The module of each name that is loaded when first used; the package itself for its own modules.
     """
 
     def load(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if homes[name] == package:
+            return import_module(f"{package}.{name}")
         return getattr(import_module(homes[name]), name)
 
     def names() -> list[str]:

@@ -5,7 +5,6 @@ Names are loaded when first used, so that importing the package costs no more th
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mdlm_interp.lazy_exports import lazily
@@ -22,10 +21,12 @@ if TYPE_CHECKING:
     from oracle.paths import plain_path
     from oracle.sampling import exact_sample
 else:
-    _MODULES = {"ops", "fingerprint", "golden"}
-    _load, _names = lazily(
+    __getattr__, __dir__ = lazily(
         __name__,
         {
+            "ops": "oracle",
+            "fingerprint": "oracle",
+            "golden": "oracle",
             "Oracle": "oracle.oracle",
             "ExactArithmetic": "oracle.arithmetic",
             "Fingerprint": "oracle.fingerprint",
@@ -37,12 +38,6 @@ else:
             "UntrustedMachineError": "oracle.errors",
         },
     )
-
-    def __getattr__(name: str) -> object:
-        return import_module(f"oracle.{name}") if name in _MODULES else _load(name)
-
-    def __dir__() -> list[str]:
-        return sorted({*_names(), *_MODULES})
 
 
 __all__ = [

@@ -17,7 +17,7 @@ LAST_EVENTS = 40
 """From well before the manifest of the complete store to the removal of the last lock."""
 
 PROGRAM = """
-import os, sys
+import ast, os, sys
 from pathlib import Path
 from capture import finish, schema
 from capture.places import Directory
@@ -54,9 +54,9 @@ def killed_at(root, number, shapes, rows):
     return int(found)
 
 whole, shapes, rows, *copies = sys.argv[1:]
-total = killed_at(whole, 0, eval(shapes), int(rows))
+total = killed_at(whole, 0, ast.literal_eval(shapes), int(rows))
 for back, copy in enumerate(copies):
-    assert killed_at(copy, total - back, eval(shapes), int(rows)) == total - back
+    assert killed_at(copy, total - back, ast.literal_eval(shapes), int(rows)) == total - back
 print(total)
 """
 

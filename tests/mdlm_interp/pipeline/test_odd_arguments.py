@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mdlm_interp import HookedMDLM
-from mdlm_interp.decoding import ancestral_sample
+from mdlm_interp.decoding import sample
 from mdlm_interp.devices import usable_device
 from mdlm_interp.errors import ConfigError, DataError
 from tests.mdlm_interp.pipeline.test_model_commands import refused, run
@@ -146,12 +146,12 @@ def test_samples_are_printed_as_they_are_made_whatever_the_batch(capsys, monkeyp
     assert whole.count("\n---\n") == 4
     assert len(set(whole.split("\n---\n"))) == 5
 
-    def stop_at_the_second_batch(model, start, *, indices, **keywords):
+    def stop_at_the_second_batch(model, start, sampler, *, indices, **keywords):
         if indices[0] > 0:
             raise KeyboardInterrupt
-        return ancestral_sample(model, start, indices=indices, **keywords)
+        return sample(model, start, sampler, indices=indices, **keywords)
 
-    monkeypatch.setattr("mdlm_interp.commands.ancestral_sample", stop_at_the_second_batch)
+    monkeypatch.setattr("mdlm_interp.decoding.commands.sample", stop_at_the_second_batch)
     code, out, _ = run(capsys, "sample", *options, "--n", 10**15, "--batch-size", 5)
     assert code == 130
     assert out == whole
