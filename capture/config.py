@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capture import schema
+from capture.sampler_source import SamplerSource
 from capture.schema import StoredType
 from mdlm_interp.config_files import to_mapping
 from mdlm_interp.errors import ConfigError
@@ -19,8 +20,10 @@ RUN_ONLY = frozenset({"out", "endpoint", "rank", "world_size", "any_disk"})
 class CaptureConfig:
     """Record activations of a model over noised text, one row a token. The same command continues a capture."""
 
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
     """Text files, globs, directories of shards or @lists of files, in this order; see the README for the kinds."""
+    sampler: SamplerSource | None = None
+    """Record a sampler's steps instead of noised text; files stay empty."""
     out: str
     """Directory or s3:// URL of the store: new, empty, or one that this command began."""
     endpoint: str | None = None
@@ -71,7 +74,9 @@ class CaptureConfig:
     """Start even if the forecast says that the disk cannot hold the store."""
 
     def __post_init__(self) -> None:
-        if not self.files:
+        if self.sampler is not None:
+            self._check_sampler()
+        elif not self.files:
             raise ConfigError("files must name at least one text file")
         if not self.hooks:
             raise ConfigError("hooks must name at least one hook point")
@@ -101,7 +106,22 @@ class CaptureConfig:
 
     def identity(self) -> dict[str, Any]:
         """What a store keeps: every field that has a part in its content, as plain values."""
-        return {name: value for name, value in to_mapping(self).items() if name not in RUN_ONLY}
+        values = {name: value for name, value in to_mapping(self).items() if name not in RUN_ONLY}
+        if self.sampler is None:
+            del values["sampler"]  # as in the stores of text that were made before there were samplers
+        return values
+
+    def _check_sampler(self) -> None:
+        """Options that would change nothing are mistakes."""
+        if self.files:
+            raise ConfigError(
+                f"a sampler writes its own text, got files {self.files[0]} too; leave one of them out"
+            )
+        for name, default in (("times", "low_discrepancy"), ("pack", "blocks"), ("wrap", True)):
+            if getattr(self, name) != default:
+                raise ConfigError(
+                    f"{name} is for text, got {getattr(self, name)!r} with a sampler; leave it out"
+                )
 
     def _check_times(self) -> None:
         if self.times == "fixed" and not self.time:

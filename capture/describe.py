@@ -57,7 +57,10 @@ def described(store: ActivationStore) -> list[str]:
     schedule = record["schedule"]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     batch, length = record["batch_shape"]
-    times = config["times"] + (f" {config['time']}" if config["time"] else "")
+    source = config["pack"] + ", times " + config["times"] + (f" {config['time']}" if config["time"] else "")
+    if store.sampled:
+        given = ", ".join(f"{name} {value}" for name, value in config["sampler"].items() if value)
+        source = f"decodings by a sampler: {given}"
     return [
         f"model {config['model']}, weights sha256 {record['weights_sha256']}",
         f"tokenizer {config['tokenizer']}, sha256 {record['tokenizer_sha256']}",
@@ -65,8 +68,7 @@ def described(store: ActivationStore) -> list[str]:
             f"text {file['file']}, {file['bytes']:,} bytes, sha256 {file['sha256']}"
             for file in record["sources"]
         ),
-        f"{config['pack']}, times {times}, seed {record['seed']}, {schedule['name']} schedule with eps "
-        f"{schedule['eps']:g}",
+        f"{source}, seed {record['seed']}, {schedule['name']} schedule with eps {schedule['eps']:g}",
         f"{record['arithmetic']} arithmetic on {record['device']}, batches of {batch} x {length}, "
         f"{record['threads']} threads, {record['cpu']['machine']} {record['cpu']['capability']}",
         versions,

@@ -9,6 +9,7 @@ from math import ceil
 
 from capture import schema
 from capture.config import CaptureConfig
+from capture.decodings import expected_steps
 from capture.places import Place
 from capture.plan import expected_share
 from capture.shards import CRC_BYTES
@@ -46,7 +47,10 @@ def forecast(config: CaptureConfig, tokenizer: Tokenizer, layout: schema.Layout)
     """The size that a resolved config will give: exact for a budget that the text fills, else an estimate."""
     assert config.length is not None
     n_times = len(config.time) if config.times == "fixed" else 1
-    sequences = ceil(_expected_blocks(config, tokenizer)) * n_times
+    if config.sampler is not None:
+        sequences = config.sampler.n * expected_steps(config)
+    else:
+        sequences = ceil(_expected_blocks(config, tokenizer)) * n_times
     rows_each = config.length * expected_share(config)
     if config.max_sequences is not None:
         sequences = min(sequences, config.max_sequences)
@@ -65,8 +69,8 @@ def shard_bytes(layout: schema.Layout, rows: int) -> int:
     shapes = [layout.shard_shape(hook) for hook in layout.shapes]
     acts = sum(chunks * (shape.chunk_bytes + CRC_BYTES) + shards * shape.index_bytes for shape in shapes)
     # A column is one chunk a shard, and a chunk is written whole however few rows it has.
-    columns = shards * (layout.shard_rows * layout.column_bytes + len(schema.ROW_COLUMNS) * CRC_BYTES)
-    return acts + columns + METADATA_BYTES * (1 + len(shapes) + len(schema.ROW_COLUMNS))
+    columns = shards * (layout.shard_rows * layout.column_bytes + len(layout.row_columns) * CRC_BYTES)
+    return acts + columns + METADATA_BYTES * (1 + len(shapes) + len(layout.row_columns))
 
 
 def closing_bytes(layout: schema.Layout, sequences: int) -> int:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from capture.checks import check_additions, wanted_hooks
-from capture.plan import SCHEDULE, Batch, PlannedSequence
-from mdlm_interp.hooks import select_names
+from capture.plan import Batch, PlannedSequence, sigmas
+from capture.schema import row_shape
+from mdlm_interp.errors import HookError
+from mdlm_interp.hooks import HookPoint, select_names
 from mdlm_interp.model import HookedMDLM
 
 
@@ -32,38 +34,70 @@ class Forward:
         checked = set(hooks) | set(wanted_hooks(hooks, model.hook_names))
         self._checked = select_names(list(checked), model.hook_names)
         self.stop_at_block = last_block_needed(self._checked)
+        self.shapes = {hook: row_shape(hook, model.config) for hook in hooks}
+        """Of one row of each."""
 
-    def __call__(self, batch: Batch, *, check: bool) -> dict[str, Tensor]:
+    def __call__(
+        self, batch: Batch, *, check: bool, out: Mapping[str, Tensor] | None = None
+    ) -> Mapping[str, Tensor]:
         """Activations [row, ...] by hook, float32, on the CPU.
 
         Args:
             check: Whether to compare the sums of the residual stream; see `checks`.
+            out: Memory for them, such as a `RowPool` gives; none takes new memory.
         """
-        passes = [batch.sequences] if self._together else [[sequence] for sequence in batch.sequences]
-        parts = [self._run(sequences, check) for sequences in passes]
-        if len(parts) == 1:
-            return parts[0]
-        return {hook: torch.cat([part[hook] for part in parts]) for hook in self._hooks}
+        rows = sum(len(sequence.positions) for sequence in batch.sequences)
+        if out is None:
+            out = {hook: torch.empty((rows, *shape)) for hook, shape in self.shapes.items()}
+        start = 0
+        for sequences in [batch.sequences] if self._together else [[one] for one in batch.sequences]:
+            stop = start + sum(len(sequence.positions) for sequence in sequences)
+            self._run(sequences, check, {hook: acts[start:stop] for hook, acts in out.items()})
+            start = stop
+        return out
 
     @torch.inference_mode()
-    def _run(self, sequences: Sequence[PlannedSequence], check: bool) -> dict[str, Tensor]:
+    def _run(self, sequences: Sequence[PlannedSequence], check: bool, out: Mapping[str, Tensor]) -> None:
         xt = torch.from_numpy(np.stack([sequence.xt for sequence in sequences]))
-        sigma = SCHEDULE.sigma(torch.tensor([sequence.t for sequence in sequences], dtype=torch.float64))
-        _, cache = self._model.run_with_cache(
-            xt.to(self._device),
-            self._checked if check else self._hooks,
-            timesteps=sigma.to(self._device),
-            stop_at_block=self.stop_at_block,
-            clone=False,
-        )
-        if check:
-            check_additions(cache)
         rows = flat_rows(sequences, xt.shape[1])
-        chosen = {}
-        for hook in self._hooks:
-            acts = cache[hook].flatten(0, 1)
-            chosen[hook] = (acts if rows is None else acts[rows.to(self._device)]).cpu()
-        return chosen
+        if rows is not None:
+            rows = rows.to(self._device)
+        copied: set[str] = set()
+        checked: dict[str, Tensor] = {}
+
+        # Copied while they are in the processor's cache; and the model's memory is free for its next operations.
+        def keep(acts: Tensor, hook: HookPoint) -> None:
+            if hook.name in out:
+                _copy(acts, rows, out[hook.name])
+                copied.add(hook.name)
+            if check and hook.name in self._checked:
+                checked[hook.name] = acts
+
+        listened = [*out, *self._checked] if check else out
+        with self._model.hooks(dict.fromkeys(listened, keep), read_only=True):
+            self._model(
+                xt.to(self._device), sigmas(sequences).to(self._device), stop_at_block=self.stop_at_block
+            )
+        if copied != set(out):
+            raise HookError(
+                f"the forward pass went by {sorted(set(out) - copied)} without a call; this is a bug"
+            )
+        check_additions(checked)
+
+
+def _copy(acts: Tensor, rows: Tensor | None, out: Tensor) -> None:
+    """Some rows of activations [batch, pos, ...], all if none are named."""
+    if acts.dtype != out.dtype:
+        raise HookError(
+            f"a capture keeps {out.dtype}, and the model computes in {acts.dtype}; load it in float32"
+        )
+    flat = acts.flatten(0, 1)
+    if rows is None:
+        out.copy_(flat)
+    elif flat.device == out.device:
+        torch.index_select(flat, 0, rows, out=out)
+    else:
+        out.copy_(flat[rows])
 
 
 def flat_rows(sequences: Sequence[PlannedSequence], length: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from mdlm_interp.errors import StoreError
 def row_arrays(layout: schema.Layout) -> Iterator[str]:
     """Paths of every array with a row axis."""
     yield from (f"acts/{hook}" for hook in layout.shapes)
-    yield from (f"rows/{name}" for name in schema.ROW_COLUMNS)
+    yield from (f"rows/{name}" for name in layout.row_columns)
 
 
 def grow(place: Place, layout: schema.Layout, rows: int) -> None:

@@ -147,4 +147,5 @@ class FileCache:
         """Keep a file open; drops the one that was not used for longest."""
         self._files[file.path] = file
         while len(self._files) > self.limit:
-            self._files.popitem(last=False)
+            with suppress(KeyError):  # other threads dropped them all meanwhile
+                self._files.popitem(last=False)

@@ -19,15 +19,12 @@ from typing import Protocol, runtime_checkable
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-from capture.shards import Piece, bytes_of
+from capture.drafts import PARTIAL, FileDraft
+from capture.shards import Piece
 from mdlm_interp.atomic_files import PREFIX, replacing, sync, sync_tree, write_errors
 from mdlm_interp.errors import ConfigError, StoreError
 
 SYNC_THREADS = 8
-MAX_VECTORS = 256
-"""Buffers that are handed to the system in one call; POSIX promises 16, Linux takes 1,024."""
-PARTIAL = ".partial"
-"""End of the name of a file that is not published yet; no reader takes it for a chunk."""
 LOCK = ".lock"
 
 
@@ -39,7 +36,11 @@ class Draft(Protocol):
     """Its path in the store once it is published."""
 
     def write(self, pieces: Sequence[Piece]) -> None:
-        """Add to its end."""
+        """Add to its end; the pieces are not needed any more when this returns."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing more is added."""
         ...
 
 
@@ -158,14 +159,12 @@ class Directory:
 
     def draft(self, path: str) -> FileDraft:
         """A file that is appended to under another name."""
-        draft = FileDraft(self.root, path)
-        with write_errors(self.root):
-            draft.partial.parent.mkdir(parents=True, exist_ok=True)
-            draft.partial.unlink(missing_ok=True)
-        return draft
+        return FileDraft(self.root, path)
 
     def publish(self, drafts: Sequence[Draft]) -> None:
         """fsync all, rename all, fsync the directories: in this order a name never leads to lost bytes."""
+        for draft in drafts:
+            draft.finish()
         with write_errors(self.root):
             finals = [self.root / draft.path for draft in drafts]
             _parallel(sync, [final.with_name(final.name + PARTIAL) for final in finals])
@@ -247,35 +246,6 @@ class Directory:
         while not place.exists():
             place = place.parent
         return shutil.disk_usage(place).free
-
-
-class FileDraft:
-    """A file of a `Directory` that is not published yet."""
-
-    def __init__(self, root: Path, path: str) -> None:
-        self.path = path
-        self.partial = root / (path + PARTIAL)
-        self._root = root
-
-    def write(self, pieces: Sequence[Piece]) -> None:
-        """Append the pieces."""
-        # Opened for each portion: a store of every hook point has more files than a process may hold open.
-        with write_errors(self._root):
-            descriptor = os.open(self.partial, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                _write_all(descriptor, [bytes_of(piece) for piece in pieces])
-            finally:
-                os.close(descriptor)
-
-
-def _write_all(descriptor: int, views: list[memoryview]) -> None:
-    """Write all of these, many a call."""
-    while views:
-        written = os.writev(descriptor, views[:MAX_VECTORS])
-        while views and written >= len(views[0]):
-            written -= len(views.pop(0))
-        if written:
-            views[0] = views[0][written:]
 
 
 def _parallel(function: Callable[[Path], None], items: Iterable[Path]) -> None:

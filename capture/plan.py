@@ -12,8 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -32,6 +32,7 @@ from mdlm_interp.documents import (
     token_blocks,
 )
 from mdlm_interp.randomness import permutation, uniforms
+from mdlm_interp.shapes import Float64
 from mdlm_interp.tokenizers import Tokenizer
 
 SCHEDULE = LogLinearSchedule()
@@ -54,11 +55,23 @@ class PlannedSequence:
     """Noised token ids [pos]."""
     positions: NDArray[np.int64]
     """Positions that are recorded, ascending [row]; not empty."""
+    told: float | None = None
+    """Sigma that a sampler told the model; the schedule's at t if none."""
+    sampled: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Of a sampler's sequence: every column of `schema.SAMPLER_COLUMNS` [pos]."""
 
     @property
     def stop(self) -> int:
         """One past its last row."""
         return self.row + len(self.positions)
+
+
+def sigmas(sequences: Sequence[PlannedSequence]) -> Float64[torch.Tensor, " sequence"]:
+    """Total noise of sequences of one source, which a time-conditioned model reads."""
+    told = [sequence.told for sequence in sequences if sequence.told is not None]
+    if told:
+        return torch.tensor(told, dtype=torch.float64)
+    return SCHEDULE.sigma(torch.tensor([sequence.t for sequence in sequences], dtype=torch.float64))
 
 
 class Batch:
@@ -88,7 +101,7 @@ class Batch:
         return np.repeat([sequence.t for sequence in self.sequences], self._counts())
 
     def row_columns(self, mask_id: int) -> dict[str, NDArray[Any]]:
-        """Every column of `schema.ROW_COLUMNS` [row]."""
+        """Every column of `schema.ROW_COLUMNS` [row], and of a sampler's sequences those of SAMPLER_COLUMNS."""
         at = [(sequence, sequence.positions) for sequence in self.sequences]
         xt = np.concatenate([sequence.xt[positions] for sequence, positions in at])
         return {
@@ -98,17 +111,20 @@ class Batch:
             "xt": xt,
             "is_masked": xt == mask_id,
             "doc": np.concatenate([sequence.block.documents[positions] for sequence, positions in at]),
+            **{
+                name: np.concatenate([sequence.sampled[name][positions] for sequence, positions in at])
+                for name in self.sequences[0].sampled
+            },
         }
 
     def sequence_columns(self) -> dict[str, NDArray[Any]]:
         """Every column of `schema.SEQUENCE_COLUMNS`: [sequence], or [sequence, pos]."""
         rows = self.sequences
-        t = torch.tensor([sequence.t for sequence in rows], dtype=torch.float64)
         return {
             "row": np.array([sequence.row for sequence in rows]),
             "length": np.array([len(sequence.xt) for sequence in rows]),
-            "t": t.numpy(),
-            "sigma": SCHEDULE.sigma(t).numpy(),
+            "t": np.array([sequence.t for sequence in rows]),
+            "sigma": sigmas(rows).numpy(),
             "seed": np.full(len(rows), self._seed, np.uint64),
             "block": np.array([sequence.block_number for sequence in rows]),
             "source": np.array([sequence.block.source for sequence in rows]),

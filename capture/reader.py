@@ -134,6 +134,16 @@ class ActivationStore:
         return dict(self._attributes["provenance"])
 
     @property
+    def sampled(self) -> bool:
+        """Whether the rows come from a sampler, and not from text that was noised."""
+        return self._attributes["config"].get("sampler") is not None
+
+    @property
+    def row_columns(self) -> Mapping[str, schema.Column]:
+        """The columns of the rows: `schema.ROW_COLUMNS`, and of a sampler's store `schema.SAMPLER_COLUMNS`."""
+        return schema.row_columns(sampled=self.sampled)
+
+    @property
     def positions(self) -> str:
         """Which positions of a sequence were recorded: all, masked, unmasked, every or random."""
         return str(self._attributes["config"].get("positions", "all"))
@@ -175,7 +185,11 @@ class ActivationStore:
         """The sizes of all arrays."""
         shapes = {hook: self.row_shape(hook) for hook in self.hooks}
         return schema.Layout(
-            shapes=shapes, length=self.length, dtype=self.dtype, shard_rows=self.manifest.shard_rows
+            shapes=shapes,
+            length=self.length,
+            dtype=self.dtype,
+            shard_rows=self.manifest.shard_rows,
+            sampled=self.sampled,
         )
 
     def row_shape(self, hook: str) -> tuple[int, ...]:
@@ -218,6 +232,8 @@ class ActivationStore:
     def coords(self, rows: Rows, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Coordinates of the rows asked for: the columns of rows/ (seq, pos, x0, xt, is_masked, doc), and t.
 
+        Of a sampler's store also step, reveal_step, token and confidence; see `schema.SAMPLER_COLUMNS`.
+
         Of an incomplete store, t is NaN in a last sequence of which only the beginning is committed.
 
         Args:
@@ -225,12 +241,13 @@ class ActivationStore:
         Raises:
             StoreError: If a row or a name is not there, or a chunk is damaged.
         """
-        known = (*schema.ROW_COLUMNS, "t")
+        known = tuple(dict.fromkeys((*self.row_columns, "t")))
         names = known if names is None else names
         for name in names:
             if name not in known:
                 raise StoreError(f"rows have no coordinate {name!r}{nearest(name, known)}")
-        stored = dict.fromkeys("seq" if name == "t" else name for name in names)
+        of_sequence = "t" in names and "t" not in self.row_columns
+        stored = dict.fromkeys("seq" if name == "t" and of_sequence else name for name in names)
         arrays = {name: self._files.array(f"rows/{name}") for name in stored}
         if isinstance(rows, slice):
             start, stop = self._span(rows)
@@ -241,7 +258,7 @@ class ActivationStore:
             for name, array in arrays.items():
                 array.take(ascending, columns[name], positions)
             columns = {name: _native(values) for name, values in columns.items()}
-        if "t" in names:
+        if of_sequence:
             times = np.append(self._files.sequence_column("t"), np.nan)
             columns["t"] = times[np.minimum(columns["seq"], len(times) - 1)]
         return {name: torch.from_numpy(columns[name]) for name in names}
@@ -323,7 +340,7 @@ class ActivationStore:
         """
         content = schema.ContentHash()
         acts = [f"acts/{hook}" for hook in self.hooks]
-        for name in [*acts, *(f"rows/{column}" for column in schema.ROW_COLUMNS)]:
+        for name in [*acts, *(f"rows/{column}" for column in self.row_columns)]:
             array = self._files.array(name)
             content.add(name, array.dtype.name, (len(self), *array.row), self._blocks(array))
         for name, column in schema.SEQUENCE_COLUMNS.items():

@@ -288,6 +288,9 @@ class MemoryDraft:
         for piece in pieces:
             self.content += piece if isinstance(piece, bytes) else piece.data
 
+    def finish(self) -> None:
+        """Nothing more is added: there is nothing left to do."""
+
 
 class _ZarrStore(ZarrObjectStore[Any]):
     """Zarr's object store with errors in one line."""

@@ -1,4 +1,4 @@
-"""The capture: text to sequences, noise, forward pass, store; and its continuation.
+"""The capture: text, or what a sampler decodes, to sequences, forward pass and store; and its continuation.
 
 1. Everything that can be wrong with the request is found before anything is written.
 2. The store is made, or found and compared with the request: what another request began is refused.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +27,16 @@ from capture import manifest as manifests
 from capture import schema
 from capture.begin import begin
 from capture.config import CaptureConfig
+from capture.decodings import Decodings
 from capture.finish import clean, done_name, finish, has_leftovers
 from capture.forecast import duration, forecast, refuse_full_disk
 from capture.forward import Forward
+from capture.manifest import ResumePoint
 from capture.places import Place, place_of
 from capture.plan import SCHEDULE, Batch, batches, read_blocks
 from capture.provenance import provenance
 from capture.reader import ActivationStore, open_store
+from capture.row_pool import RowPool
 from capture.sources import Sources, refuse_repeated
 from capture.store_files import read_manifest
 from capture.writer import Rows, StoreWriter
@@ -44,6 +47,8 @@ from mdlm_interp.hooks import select_names
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
 
+BatchesFrom = Callable[[ResumePoint | None], Iterator[Batch]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -53,7 +58,11 @@ class Request:
     """With nothing left to default."""
     first: Batch
     """The first of the whole capture."""
+    batches: BatchesFrom
+    """All batches, or those from a place on."""
     model: HookedMDLM
+    network: HookedMDLM
+    """The model in the arithmetic that was asked for."""
     directory: Path
     """Of the model."""
     tokenizer: Tokenizer
@@ -85,7 +94,7 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
     begun = begun_manifest(place)
     if not config.any_disk and not (begun and begun.complete):
         refuse_full_disk(place, expected, begun.committed_rows if begun else 0)
-    forward = forward_of(request.model, list(request.layout.shapes), request.config)
+    forward = Forward(request.network, list(request.layout.shapes), together=request.config.pack == "blocks")
     if progress and request.rank == 0:
         hours = expected.rows / rows_per_second(forward, request.first) / 3600 / request.world_size
         sys.stderr.write(f"{place.name}: {expected}, about {duration(hours)}\n")
@@ -131,7 +140,9 @@ def prepared(config: CaptureConfig) -> Request:
     assert config.length is not None
     assert config.shard_rows is not None
     hooks = recordable_hooks(config.hooks, model)
-    first = next(batches(config, tokenizer), None)
+    network = in_arithmetic(model, config)
+    from_place = batches_of(config, network, tokenizer)
+    first = next(from_place(None), None)
     if first is None:
         raise DataError(_too_short(config, tokenizer))
     layout = schema.Layout(
@@ -139,11 +150,14 @@ def prepared(config: CaptureConfig) -> Request:
         length=config.length,
         dtype=config.dtype,
         shard_rows=config.shard_rows,
+        sampled=config.sampler is not None,
     )
     return Request(
         config=config,
         first=first,
+        batches=from_place,
         model=model,
+        network=network,
         directory=directory,
         tokenizer=tokenizer,
         layout=layout,
@@ -152,7 +166,19 @@ def prepared(config: CaptureConfig) -> Request:
     )
 
 
+def batches_of(config: CaptureConfig, network: HookedMDLM, tokenizer: Tokenizer) -> BatchesFrom:
+    """The batches of a resolved config: of its text, or of what its sampler decodes."""
+    if config.sampler is not None:
+        return Decodings(config, network, tokenizer).batches
+    return lambda resume: batches(config, tokenizer, resume)
+
+
 def _too_short(config: CaptureConfig, tokenizer: Tokenizer) -> str:
+    if config.sampler is not None:
+        return (
+            f"no step of {config.sampler.n} decodings of length {config.length} with {config.positions} positions fits "
+            f"max_rows {config.max_rows}; raise --max-rows or record other positions"
+        )
     if config.max_rows is not None or config.positions in ("masked", "unmasked"):
         return (
             f"no sequence of length {config.length} with {config.positions} positions fits the text and max_rows "
@@ -221,7 +247,7 @@ def resolved(config: CaptureConfig, model: HookedMDLM, tokenizer: Tokenizer) -> 
         raise ConfigError(f"per_sequence must be at most length {length}, got {config.per_sequence}")
     return replace(
         config,
-        files=expand_files(config.files),
+        files=expand_files(config.files) if config.sampler is None else (),
         length=length,
         tokenizer=config.tokenizer or config.model,
         shard_rows=config.shard_rows or schema.SHARD_ROWS,
@@ -248,11 +274,16 @@ def recordable_hooks(patterns: Sequence[str], model: HookedMDLM) -> list[str]:
 
 def forward_of(model: HookedMDLM, hooks: Sequence[str], config: CaptureConfig) -> Forward:
     """The forward pass in the arithmetic that was asked for."""
+    return Forward(in_arithmetic(model, config), hooks, together=config.pack == "blocks")
+
+
+def in_arithmetic(model: HookedMDLM, config: CaptureConfig) -> HookedMDLM:
+    """The model in the arithmetic that was asked for."""
     if config.arithmetic == "exact":
         from oracle import Oracle
 
-        model = Oracle(model).model
-    return Forward(model, hooks, together=config.pack == "blocks")
+        return Oracle(model).model
+    return model
 
 
 def begun_manifest(place: Place) -> manifests.Manifest | None:
@@ -280,14 +311,15 @@ def _write(
     progress: bool,
 ) -> int:
     """Run and commit what this rank has not committed yet; rows of the whole store."""
-    config, layout = request.config, request.layout
+    layout = request.layout
     resume = manifest.shards[-1].resume if manifest.shards else None
     rows = 0
+    pool = RowPool(forward.shapes)
     with (
         _bar(request, manifest, progress) as bar,
         _writing(place, request, manifest) as writer,
     ):
-        for batch in batches(config, request.tokenizer, resume):
+        for batch in request.batches(resume):
             rows = batch.stop
             if writer.wants(batch.start, batch.stop):
                 first_of_shard = batch.start // layout.shard_rows != (batch.stop - 1) // layout.shard_rows
@@ -295,7 +327,9 @@ def _write(
                 if batch.start // layout.shard_rows != batch.stop // layout.shard_rows:
                     # This batch fills a shard, of which every row has been read by now.
                     sources.refuse_changed(place.name)
-                writer.append(batch_rows(batch, forward(batch, check=check), request.tokenizer.mask_id))
+                acts, release = pool.take(batch.stop - batch.start)
+                forward(batch, check=check, out=acts)
+                writer.append(batch_rows(batch, acts, request.tokenizer.mask_id, release))
             bar.update(batch.stop - bar.n)
         # Before the last, shorter shard is committed and the text counts as read to its end.
         sources.refuse_changed(place.name)
@@ -315,7 +349,9 @@ def _writing(place: Place, request: Request, manifest: manifests.Manifest) -> It
     writer.close()
 
 
-def batch_rows(batch: Batch, acts: dict[str, torch.Tensor], mask_id: int) -> Rows:
+def batch_rows(
+    batch: Batch, acts: Mapping[str, torch.Tensor], mask_id: int, release: Callable[[], None] = lambda: None
+) -> Rows:
     """What the writer takes."""
     return Rows(
         start=batch.start,
@@ -325,6 +361,7 @@ def batch_rows(batch: Batch, acts: dict[str, torch.Tensor], mask_id: int) -> Row
         first_sequence=batch.sequences[0].number,
         sequences=batch.sequence_columns(),
         resume=batch.resume,
+        release=release,
     )
 
 

@@ -84,6 +84,22 @@ ROW_COLUMNS = {
         "int64", -1, "number of the document over all files, empty ones counted; -1 for an added end-of-text"
     ),
 }
+SAMPLER_COLUMNS = {
+    "step": Column("int64", -1, "step of the sampler, from 0, that the model was run for"),
+    "t": Column("float64", float("nan"), "time at the start of the step"),
+    "reveal_step": Column(
+        "int64", -1, "step that wrote the token that stands here at the end; -1 if it was given"
+    ),
+    "token": Column(
+        "int64", -1, "token id drawn here in this step, kept or not; -1 where none could be written"
+    ),
+    "confidence": Column(
+        "float64",
+        float("nan"),
+        "probability of that token, before temperature; NaN where none could be written",
+    ),
+}
+"""Of a store whose source is a sampler, beside ROW_COLUMNS. There x0 is the text at the end of the decoding."""
 SEQUENCE_COLUMNS = {
     "row": Column("int64", -1, "first row of the sequence; its rows end where the next one's begin"),
     "length": Column("int64", -1, "tokens of the sequence"),
@@ -139,6 +155,11 @@ def row_shape(hook: str, model: MDLMConfig) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in axes)
 
 
+def row_columns(*, sampled: bool) -> Mapping[str, Column]:
+    """The columns of a store's rows: those of a sampler too if it has them."""
+    return {**ROW_COLUMNS, **SAMPLER_COLUMNS} if sampled else ROW_COLUMNS
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The sizes of one store."""
@@ -151,11 +172,18 @@ class Layout:
     """Type of the activations."""
     shard_rows: int = SHARD_ROWS
     """Rows of a shard, a multiple of CHUNK_ROWS."""
+    sampled: bool = False
+    """Whether the rows come from a sampler and have its columns too."""
+
+    @property
+    def row_columns(self) -> Mapping[str, Column]:
+        """The arrays of `rows`."""
+        return row_columns(sampled=self.sampled)
 
     @property
     def column_bytes(self) -> int:
         """Bytes of one row over all arrays of rows."""
-        return sum(np.dtype(column.dtype).itemsize for column in ROW_COLUMNS.values())
+        return sum(np.dtype(column.dtype).itemsize for column in self.row_columns.values())
 
     @property
     def row_bytes(self) -> int:
@@ -209,7 +237,7 @@ def create_row_arrays(group: zarr.Group, layout: Layout, rows: int) -> None:
             dimension_names=("row", *(row_axes(hook) or ())),
             attributes=lossy,
         )
-    for name, column in ROW_COLUMNS.items():
+    for name, column in layout.row_columns.items():
         _create_column(group, f"rows/{name}", column, (rows,), layout.shard_rows)
 
 

@@ -1,7 +1,7 @@
 """Mean and mean square of activations, by masked or not and by part of [0, 1] in t.
 
 1. The rows of a sequence in a shard are cut into pieces from its first one on. Of a piece the masked rows are added
-   in their order, in float64, and so are the unmasked ones.
+   in their order, in float64, and so are the unmasked ones. numba does this where it is installed, with the same bits.
 2. These sums are added, piece after piece, to those of the shard; the shards' sums, shard after shard, to those of
    the store.
 
@@ -13,11 +13,13 @@ another, sums of float64 may differ in their last bits.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from importlib.util import find_spec
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -65,8 +67,8 @@ class Strata:
 
     order: NDArray[np.int64]
     """Rows, those of a piece and group next to each other."""
-    runs: list[tuple[int, int, int]]
-    """(group, start, stop) in `order` of each piece's groups; a group is is_masked * T_BINS + t_bin."""
+    runs: NDArray[np.int64]
+    """Of each piece's groups (group, start, stop) in `order`; a group is is_masked * T_BINS + t_bin."""
 
     @classmethod
     def of(cls, is_masked: NDArray[np.bool_], t: NDArray[np.float64], seq: NDArray[np.int64]) -> Strata:
@@ -83,9 +85,10 @@ class Strata:
         group = np.minimum((t * T_BINS).astype(np.int64), T_BINS - 1) + is_masked * T_BINS
         order = np.lexsort((group, piece))  # stable: within a group the rows stay in their order
         key = (piece * 2 * T_BINS + group)[order]
-        starts = np.flatnonzero(np.diff(key, prepend=-1)).tolist()
-        runs = [(int(group[order[start]]), start, stop) for start, stop in pairwise([*starts, count])]
-        return cls(order, runs)
+        starts = np.flatnonzero(np.diff(key, prepend=-1))
+        return cls(
+            order, np.stack([group[order[starts]], starts, np.append(starts[1:], count)[: len(starts)]], 1)
+        )
 
 
 class RunningMoments:
@@ -103,23 +106,16 @@ class RunningMoments:
 
     def add(self, acts: NDArray[np.float32], strata: Strata) -> None:
         """Add the rows [row, ...] that the strata are of."""
-        size = self.total.shape[1]
-        rows = acts.reshape(-1, size)
-        narrow, wide = _scratch(size)
-        first = 0
-        for runs in _fitting(strata.runs, len(wide)):
-            stop = runs[-1][2]
-            piece = wide[: stop - first]
-            # The mode in which numpy copies straight into its place.
-            np.take(rows, strata.order[first:stop], axis=0, out=narrow[: stop - first], mode="clip")
-            np.copyto(piece, narrow[: stop - first])
-            squares = np.einsum("rd,rd->r", piece, piece)
-            for group, start, end in runs:
-                part = slice(start - first, end - first)
-                self.count[group] += end - start
-                self.total[group] += np.add.reduce(piece[part], axis=0)
-                self.square[group] += np.add.reduce(squares[part])
-            first = stop
+        if not len(strata.runs):
+            return
+        rows = np.ascontiguousarray(acts.reshape(len(acts), self.total.shape[1]))
+        squares = np.zeros((len(strata.runs), rows.shape[1]))
+        loop = _compiled()
+        (loop.add_runs if loop else add_runs)(rows, strata.order, strata.runs, self.total, squares)
+        # Unlike `count[groups] += ...` these add to a group again and again, in order.
+        groups = strata.runs[:, 0]
+        np.add.at(self.count, groups, strata.runs[:, 2] - strata.runs[:, 1])
+        np.add.at(self.square, groups, squares.sum(1))
 
     def merge(self, later: RunningMoments) -> None:
         """Add the sums of rows that come after these."""
@@ -146,16 +142,53 @@ class RunningMoments:
         }
 
 
-def _fitting(runs: list[tuple[int, int, int]], rows: int) -> Iterator[list[tuple[int, int, int]]]:
-    """The runs in order, as many at a time as have that many rows together."""
-    taken: list[tuple[int, int, int]] = []
-    for run in runs:
-        if taken and run[2] - taken[0][1] > rows:
-            yield taken
-            taken = []
-        taken.append(run)
-    if taken:
-        yield taken
+def add_runs(
+    rows: NDArray[np.float32],
+    order: NDArray[np.int64],
+    runs: NDArray[np.int64],
+    total: NDArray[np.float64],
+    squares: NDArray[np.float64],
+) -> None:
+    """Add up the rows `order[start:stop]` of each run, one after the other, column by column.
+
+    Args:
+        total: [group, column], to which a run's sum is added.
+        squares: [run, column], zeros, which become the sums of squares.
+    """
+    size = rows.shape[1]
+    narrow, wide = _scratch(size)
+    first = 0  # of the runs that are converted together
+    while first < len(runs):
+        last = first + int(np.searchsorted(runs[first:, 2], runs[first, 1] + len(wide), side="right"))
+        start, stop = int(runs[first, 1]), int(runs[last - 1, 2])
+        piece = wide[: stop - start]
+        # The mode in which numpy copies straight into its place.
+        np.take(rows, order[start:stop], axis=0, out=narrow[: stop - start], mode="clip")
+        np.copyto(piece, narrow[: stop - start])
+        parts = [slice(low - start, high - start) for low, high in runs[first:last, 1:].tolist()]
+        for run, part in enumerate(parts, first):
+            total[runs[run, 0]] += _in_order(piece[part])
+        np.multiply(piece, piece, out=piece)
+        for run, part in enumerate(parts, first):
+            squares[run] = _in_order(piece[part])
+        first = last
+
+
+def _in_order(piece: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum of rows, one after the other."""
+    if piece.shape[1] == 1:  # numpy would add a single column in pairs
+        return np.add.accumulate(piece)[-1]
+    summed: NDArray[np.float64] = np.add.reduce(piece)
+    return summed
+
+
+def _compiled() -> ModuleType | None:
+    """The module of the compiled loop, where numba is installed and switched on."""
+    if find_spec("numba") is None or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return None
+    from capture import moment_loops
+
+    return moment_loops
 
 
 _kept = threading.local()

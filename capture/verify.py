@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -28,13 +28,14 @@ from torch import Tensor
 from capture import schema
 from capture.begin import SAME_STACK, item
 from capture.config import CaptureConfig
+from capture.decodings import Decodings
 from capture.finish import file_hashes
 from capture.manifest import Shard
 from capture.places import Place
 from capture.plan import Batch, PlannedSequence, noised
 from capture.provenance import model_record, stack_record
 from capture.reader import ActivationStore, open_store
-from capture.run import forward_of
+from capture.run import forward_of, in_arithmetic
 from capture.shards import CRC_BYTES, ShardShape, index_bytes, shard_digest
 from mdlm_interp.checkpoints import resolve_source
 from mdlm_interp.config_files import from_mapping
@@ -110,6 +111,7 @@ def layout_of(store: ActivationStore) -> schema.Layout:
         length=store.length,
         dtype=store.dtype,
         shard_rows=store.manifest.shard_rows,
+        sampled=store.sampled,
     )
 
 
@@ -123,7 +125,7 @@ def _verify_shard(place: Place, layout: schema.Layout, shard: Shard) -> tuple[in
         chunks = -(-(shard.rows[1] - shard.rows[0]) // schema.CHUNK_ROWS)
         checksums[f"acts/{hook}"] = _chunks(place, path, content, layout.shard_shape(hook), chunks)
         size += len(content)
-    for name, column in schema.ROW_COLUMNS.items():
+    for name, column in layout.row_columns.items():
         path = schema.file_of(f"rows/{name}", 1, number)
         content = _content(place, path)
         if len(content) != layout.shard_rows * np.dtype(column.dtype).itemsize + CRC_BYTES:
@@ -196,7 +198,10 @@ def verify_rows(store: ActivationStore, model: str | None, *, batches: int, seed
     same_stack = all(item(store.provenance, key) == item(now, key) for key in SAME_STACK)
     bitwise = config.arithmetic == "exact" or same_stack
     rows, largest, done = 0, 0.0, 0
-    for batch in islice(sampled_batches(store, config, tokenizer.mask_id, seed), batches):
+    again = None
+    if config.sampler is not None and bitwise:
+        again = Decodings(config, in_arithmetic(network, config), tokenizer)
+    for batch in islice(sampled_batches(store, config, tokenizer.mask_id, seed, again), batches):
         acts = forward(batch, check=True)
         largest = max(largest, _compare(store, batch, acts, bitwise=bitwise))
         rows, done = rows + batch.stop - batch.start, done + 1
@@ -212,9 +217,18 @@ def recorded_config(store: ActivationStore, model: str | None) -> CaptureConfig:
 
 
 def sampled_batches(
-    store: ActivationStore, config: CaptureConfig, mask_id: int, seed: int
+    store: ActivationStore,
+    config: CaptureConfig,
+    mask_id: int,
+    seed: int,
+    again: Decodings | None = None,
 ) -> Iterator[Batch]:
-    """Whole batches of a store, as its sequences record them, in random order."""
+    """Whole batches of a store, as its sequences record them, in random order.
+
+    Args:
+        again: Of a sampler's store on the stack that captured, or in exact arithmetic: what decodes once more. (On
+            another stack native arithmetic may draw other tokens, so only the activations are recomputed.)
+    """
     total = store.n_sequences // config.batch_size
     if store.complete:
         total = -(-store.n_sequences // config.batch_size)
@@ -224,7 +238,10 @@ def sampled_batches(
         last = min(first + config.batch_size, store.n_sequences)
         sequences = [_recorded(store, index, x0[index], xt[index]) for index in range(first, last)]
         for sequence in sequences:
-            _verify_noise(store, config, sequence, mask_id)
+            if again is not None:
+                _verify_state(store, again, sequence)
+            elif config.sampler is None:
+                _verify_noise(store, config, sequence, mask_id)
         assert config.length is not None
         yield Batch(sequences, config.length, config.seed)
 
@@ -250,6 +267,7 @@ def _recorded(store: ActivationStore, number: int, x0: Tensor, xt: Tensor) -> Pl
         t=float(store.times()[number]),
         xt=xt[:present].numpy().astype(np.int64),
         positions=store.coords(rows)["pos"].numpy(),
+        told=float(store.sequence_column("sigma")[number]) if store.sampled else None,
     )
 
 
@@ -267,7 +285,34 @@ def _verify_noise(
         )
 
 
-def _compare(store: ActivationStore, batch: Batch, acts: dict[str, Tensor], *, bitwise: bool) -> float:
+def _verify_state(store: ActivationStore, again: Decodings, sequence: PlannedSequence) -> None:
+    """A sampler's sequence against the decoding that gives it: tokens, and every column of its rows."""
+    rows = store.sequence_rows(sequence.number)
+    stored = store.coords(rows)
+    step = int(stored["step"][0])
+    if step not in again.steps_of(sequence.block_number):
+        raise StoreError(
+            f"{store.name}: sequence {sequence.number} is of step {step}, and decoding {sequence.block_number} has "
+            f"no such step when it is made again; capture again"
+        )
+    state = again.state(sequence.block_number, step)
+    expected = {"xt": state.xt, "x0": state.block.ids, **state.columns}
+    for name, values in expected.items():
+        wanted, found = values[sequence.positions], stored[name].numpy()
+        if not np.array_equal(wanted, found, equal_nan=values.dtype.kind == "f"):
+            raise StoreError(_other_decoding(store, sequence, name))
+    if not np.array_equal(state.xt, sequence.xt) or not np.array_equal(state.block.ids, sequence.block.ids):
+        raise StoreError(_other_decoding(store, sequence, "xt or x0"))
+
+
+def _other_decoding(store: ActivationStore, sequence: PlannedSequence, name: str) -> str:
+    return (
+        f"{store.name}: {name} of sequence {sequence.number} is not what seed and sampler give for decoding "
+        f"{sequence.block_number}; capture again"
+    )
+
+
+def _compare(store: ActivationStore, batch: Batch, acts: Mapping[str, Tensor], *, bitwise: bool) -> float:
     """Largest difference as a share of a hook's root mean square; raises if it is more than it may be."""
     rows = np.arange(batch.start, batch.stop)
     stored = store.read(slice(batch.start, batch.stop))

@@ -13,7 +13,7 @@ Memory does not grow with the shard: only checksums and the columns of its rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,6 +55,8 @@ class Rows:
     """Every column of `schema.SEQUENCE_COLUMNS`, of the sequences that these rows are of."""
     resume: ResumePoint
     """Where the batch begins."""
+    release: Callable[[], None] = lambda: None
+    """Called when the activations have been written."""
 
     @property
     def stop(self) -> int:
@@ -144,6 +146,7 @@ class StoreWriter:
             if stop == (number + 1) * size:
                 self._commit.put(shard)
                 self._open = None
+        rows.release()
 
     def _shard(self, row: int, number: int) -> OpenShard:
         if self._open is None:
@@ -178,7 +181,7 @@ class StoreWriter:
             if not (before and shard.moments[hook].finite):
                 shard.not_finite += int(np.count_nonzero(~np.isfinite(values)))
             shard.drafts[hook].write(encoder.encode(stored(acts, self._layout.dtype, hook)))
-        for name in schema.ROW_COLUMNS:
+        for name in self._layout.row_columns:
             shard.columns.setdefault(name, []).append(rows.columns[name][part])
         shard.stop += len(is_masked)
         shard.resume = rows.resume
@@ -203,7 +206,7 @@ class StoreWriter:
         for hook, encoder in shard.encoders.items():
             shard.drafts[hook].write(encoder.finish())
             checksums[f"acts/{hook}"] = encoder.checksums
-        for name, column in schema.ROW_COLUMNS.items():
+        for name, column in self._layout.row_columns.items():
             values = np.concatenate(shard.columns[name]).astype(column.dtype)
             content, checksum = column_chunk(values, self._layout.shard_rows, column.fill)
             drafts.append(self._place.draft(schema.file_of(f"rows/{name}", 1, number)))

@@ -52,6 +52,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "write a transcoder for circuit-tracer, SAELens or crosslayer-coding",
     ),
     "clt import": ("transcoder.interchange.commands:import_", "read a transcoder of these tools"),
+    "explore trajectory": (
+        "mdlm_interp.viewer.commands:explore",
+        "show how a text was decoded: an HTML page, or in the terminal",
+    ),
 }
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -123,6 +123,10 @@ def load_model(
         raise CheckpointError(f"dtype must be a floating point type, got {dtype}")
     place = usable_device(device)
     directory = resolve_source(source, revision)
+    if _is_learner(directory / CONFIG):
+        from mdlm_interp.learner import HookedLearner
+
+        return HookedLearner.from_pretrained(directory, device=device, dtype=dtype, arithmetic=arithmetic)
     config = MDLMConfig.from_json(directory / CONFIG)
     with torch.device("meta"):
         model = HookedMDLM(config, arithmetic)
@@ -152,6 +156,17 @@ def load_model(
         )
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(True)
+
+
+def _is_learner(config: Path) -> bool:
+    """Whether a config.json describes the learner's network; what is wrong with one is told by who reads it."""
+    from mdlm_interp.learner_config import MODEL_TYPE
+
+    try:
+        stored = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(stored, dict) and stored.get("model_type") == MODEL_TYPE
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
 
 from mdlm_interp.checkpoints import resolve_source, weights_sha256
 from mdlm_interp.config_args import parse_args
-from mdlm_interp.documents import read_documents, token_blocks
-from mdlm_interp.errors import ConfigError, DataError
-from mdlm_interp.evaluation import N_TIME_BINS, Nelbo, nelbo, pooled
+from mdlm_interp.errors import ConfigError
+from mdlm_interp.evaluation.bound import N_TIME_BINS, Nelbo, nelbo, pooled
+from mdlm_interp.evaluation.detokenise import TextForm
+from mdlm_interp.evaluation.likelihood import order_likelihood
+from mdlm_interp.evaluation.packing import text_sequences
 from mdlm_interp.filling import check_fits, fill_masks
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
@@ -109,7 +110,7 @@ def fill(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityConfig(ModelChoice):
-    """Estimate the perplexity bound of text files."""
+    """Estimate the perplexity bound of text files, or compute their likelihood under a decoding order."""
 
     files: tuple[Path, ...]
     """Text files, globs or directories of shards; of several, each is reported and then all together."""
@@ -119,23 +120,48 @@ class PerplexityConfig(ModelChoice):
     """Put <|endoftext|> around each sequence, as upstream does."""
     max_sequences: int | None = None
     """Take at most this many sequences of each file; all if none."""
+    insert_eos: bool = True
+    """Put <|endoftext|> after each document; the paper's zero-shot figures are without it and without wrap."""
+    text_form: TextForm = "raw"
+    """Corpus whose tokenised text is put back together first: wikitext, ptb, lm1b or lambada."""
+    estimator: Literal["nelbo", "order"] = "nelbo"
+    """The bound by noised text, or the exact likelihood under the order, which takes a pass for each step."""
     times: int = 4
-    """Noise levels for each sequence, stratified."""
+    """With nelbo: noise levels for each sequence, stratified."""
+    n_steps: int | None = None
+    """With nelbo: the bound of denoising in so many steps; of continuous time if none."""
+    order: Literal["left_to_right", "confidence", "margin", "entropy", "random"] = "left_to_right"
+    """With order: which position is revealed next."""
+    positions: tuple[int, ...] | None = None
+    """With order: positions, counted from 0, in the order in which they are revealed; instead of --order."""
+    per_step: int = 1
+    """With order: positions revealed in a step."""
     batch_size: int = 32
     """Sequences in a forward pass."""
     seed: int = 0
-    """Key of times and masks."""
+    """Key of times and masks, and of the random order."""
 
     def __post_init__(self) -> None:
-        for name in ("times", "batch_size", "max_sequences"):
+        for name in ("times", "batch_size", "max_sequences", "n_steps", "per_step"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        of_order: dict[str, object] = {"order": "left_to_right", "positions": None, "per_step": 1}
+        unused = of_order if self.estimator == "nelbo" else {"times": 4, "n_steps": None}
+        for name, default in unused.items():
+            if getattr(self, name) != default:
+                raise ConfigError(
+                    f"{name} has no effect with estimator {self.estimator!r}, got {getattr(self, name)!r}; leave it out"
+                )
+        if self.positions is not None and self.order != "left_to_right":
+            raise ConfigError(f"positions are an order of their own, got order {self.order!r} too; give one")
 
 
 def ppl(argv: list[str]) -> int:
-    """`mdlm-interp ppl FILES...`."""
-    config = parse_args(PerplexityConfig, argv, prog="mdlm-interp ppl", positional=("files",))
+    """`mdlm-interp ppl [CONFIG.yaml] FILES...`."""
+    config = parse_args(
+        PerplexityConfig, argv, prog="mdlm-interp ppl", positional=("files",), config_file=True
+    )
     if not config.files:
         raise ConfigError("ppl needs at least one text file")
     twice = next((file for number, file in enumerate(config.files) if file in config.files[:number]), None)
@@ -145,6 +171,8 @@ def ppl(argv: list[str]) -> int:
     length = sequence_length(config.length, 3 if config.wrap else 1, model)
     texts = [_sequences(file, tokenizer, length, config) for file in config.files]
     sizes = [tokenizer.count_bytes(x_0.flatten().tolist()) for x_0 in texts]
+    if config.estimator == "order":
+        return _print_likelihood(model, torch.cat(texts), sum(sizes), config)
     bounds: list[Nelbo] = []
     for file, x_0, n_bytes in zip(config.files, texts, sizes, strict=True):
         bound = nelbo(
@@ -153,6 +181,7 @@ def ppl(argv: list[str]) -> int:
             seed=config.seed,
             first=sum(earlier.n_sequences for earlier in bounds),
             times_per_sequence=config.times,
+            n_steps=config.n_steps,
             batch_size=config.batch_size,
             progress=True,
         )
@@ -166,7 +195,7 @@ def ppl(argv: list[str]) -> int:
     for name, value in _figures(bound, sum(sizes)).items():
         print(f"{name:15} <= {value}")
     print(f"over {_counted(bound.n_sequences)} of {length} tokens ({sum(sizes):,} bytes)")
-    print(f"estimator: continuous-time bound, {config.times} stratified times a sequence, t in [0.001, 1]")
+    print(f"estimator: {bound.estimator}")
     print("cross-entropy at masked positions by t (nats):")
     for number, (nats, count) in enumerate(zip(bound.by_time, bound.masked_by_time, strict=True)):
         shown = f"{nats:.3f}" if count else "no token was masked at these t"
@@ -176,13 +205,36 @@ def ppl(argv: list[str]) -> int:
 
 def _sequences(file: Path, tokenizer: Tokenizer, length: int, config: PerplexityConfig) -> torch.Tensor:
     """Token blocks of one file [sequence pos]."""
-    blocks = token_blocks(read_documents([file], tokenizer), tokenizer, length, wrap=config.wrap)
-    rows = [block.ids for block in islice(blocks, config.max_sequences)]
-    if not rows:
-        raise DataError(
-            f"{file} is shorter than one sequence of {length} tokens; lower length or leave it out"
-        )
-    return torch.from_numpy(np.stack(rows))
+    return text_sequences(
+        file,
+        tokenizer,
+        length,
+        wrap=config.wrap,
+        insert_eos=config.insert_eos,
+        form=config.text_form,
+        max_sequences=config.max_sequences,
+    )
+
+
+def _print_likelihood(model: HookedMDLM, x_0: torch.Tensor, n_bytes: int, config: PerplexityConfig) -> int:
+    """The likelihood of all sequences together under one order."""
+    found = order_likelihood(
+        model,
+        x_0,
+        config.order if config.positions is None else config.positions,
+        per_step=config.per_step,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        progress=True,
+    )
+    error = f"+- {found.standard_error:.4f}" if found.n_sequences > 1 else "(one sequence)"
+    bits = found.nats_per_token * found.n_tokens / n_bytes / math.log(2) if n_bytes else math.nan
+    print(f"perplexity       = {found.perplexity:.6g}")
+    print(f"nats per token   = {found.nats_per_token:.4f} {error}")
+    print(f"bits per byte    = {bits:.4f}")
+    print(f"over {_counted(found.n_sequences)} of {x_0.shape[1]} tokens ({n_bytes:,} bytes)")
+    print(f"estimator: {found.estimator}")
+    return 0
 
 
 def _counted(sequences: int) -> str:

@@ -15,6 +15,7 @@ from oracle.compare import Difference, compare, ulp_distance
 if TYPE_CHECKING:
     from oracle import fingerprint, golden, ops
     from oracle.arithmetic import ExactArithmetic
+    from oracle.decoding import ExactDraws, exact_trajectory
     from oracle.errors import ExactError, GoldenError, UntrustedMachineError
     from oracle.fingerprint import Fingerprint, tensor_digest
     from oracle.oracle import Oracle
@@ -32,6 +33,8 @@ else:
             "Fingerprint": "oracle.fingerprint",
             "tensor_digest": "oracle.fingerprint",
             "exact_sample": "oracle.sampling",
+            "ExactDraws": "oracle.decoding",
+            "exact_trajectory": "oracle.decoding",
             "plain_path": "oracle.paths",
             "ExactError": "oracle.errors",
             "GoldenError": "oracle.errors",
@@ -49,6 +52,8 @@ __all__ = [
     "Fingerprint",
     "tensor_digest",
     "exact_sample",
+    "ExactDraws",
+    "exact_trajectory",
     "plain_path",
     "ExactError",
     "GoldenError",

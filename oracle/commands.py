@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from mdlm_interp.config_args import parse_args
+from mdlm_interp.decoding.commands import SampleConfig
+from mdlm_interp.decoding.commands import main as sample_command
 from mdlm_interp.devices import usable_device
 from mdlm_interp.errors import ConfigError, DataError, OutputExistsError
 from mdlm_interp.filling import check_fits, encode_prompt
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
 from oracle import golden
+from oracle.decoding import exact_parts
 from oracle.oracle import Oracle
 from oracle.paths import fused_for
-from oracle.sampling import exact_sample
 
 MISMATCH = 1
 """Exit code of a verification that found other bits."""
@@ -208,54 +210,19 @@ def _report(file: Path, where: str, result: golden.Verification, seconds: float)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(ModelChoice):
+class ExactSampleConfig(SampleConfig):
     """Write text from masks by exact sampling: the same text on every machine."""
 
-    prompt: str = ""
-    """Text that the samples begin with; [MASK] inside it is filled too."""
-    n: int = 1
-    """Number of samples."""
-    length: int | None = None
-    """Tokens in a sample; the model's context if none."""
-    steps: int = 64
-    """Denoising steps."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token."""
-    seed: int = 0
-    """Key of all draws."""
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ConfigError(f"n must be at least 1, got {self.n}")
+    def load(self) -> tuple[HookedMDLM, Tokenizer]:
+        """The model and its tokenizer, which must fit each other."""
+        choice = ModelChoice(model=self.model, tokenizer=self.tokenizer, device=self.device)
+        model, tokenizer = choice.load_model(), choice.load_tokenizer()
+        check_fits(tokenizer, model)
+        return model, tokenizer
 
 
 def sample(argv: list[str]) -> int:
-    """`mdlm-interp oracle sample [PROMPT]`."""
-    config = parse_args(SampleConfig, argv, prog="mdlm-interp oracle sample", positional=("prompt",))
-    model, tokenizer = config.load_model(), config.load_tokenizer()
-    check_fits(tokenizer, model)
-    context = model.config.model_length
-    length = context if config.length is None else config.length
-    if not 1 <= length <= context:
-        raise ConfigError(f"length must be in [1, {context}], the model's context, got {length}")
-    start = torch.full((1, length), model.config.mask_id, device=model.device)
-    if config.prompt:
-        prompt = encode_prompt(model, tokenizer, config.prompt)
-        if prompt.shape[1] > length:
-            raise DataError(f"the prompt has {prompt.shape[1]} tokens, a sample {length}; raise length")
-        start[:, : prompt.shape[1]] = prompt
-    oracle = Oracle(model)
-    for number in range(config.n):  # one at a time: a batch changes no bit
-        ids = exact_sample(
-            oracle,
-            start,
-            steps=config.steps,
-            seed=config.seed,
-            temperature=config.temperature,
-            indices=[number],
-            progress=True,
-        )
-        if number > 0:
-            _say("---")
-        _say(tokenizer.decode(ids[0].tolist()))
-    return 0
+    """`mdlm-interp oracle sample [CONFIG.yaml] [PROMPT]`: `mdlm-interp sample` with the oracle's parts."""
+    return sample_command(
+        argv, prog="mdlm-interp oracle sample", config_class=ExactSampleConfig, parts=exact_parts
+    )

@@ -8,13 +8,15 @@ import pytest
 from mdlm_interp.__main__ import COMMANDS
 from mdlm_interp.config_files import from_mapping, load_config, to_mapping
 from mdlm_interp.errors import ConfigError
+from mdlm_interp.training.command import recipe_name
+from mdlm_interp.training.recipes import recipe_classes
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.y*ml"))
 
 CONFIG_CLASSES = {
-    "train-lm": "mdlm_interp.training.config:TrainLMConfig",
     "capture run": "capture.config:CaptureConfig",
+    "sample": "mdlm_interp.decoding.commands:SampleConfig",
     "clt train": "transcoder.config:CLTRunConfig",
 }
 
@@ -30,7 +32,9 @@ def command_of(first_line: str) -> str:
     raise ValueError(f"no command of mdlm-interp in {first_line!r}")
 
 
-def config_class(command: str) -> type:
+def config_class(command: str, path: Path) -> type:
+    if command == "train-lm":  # whose config class is its recipe's
+        return recipe_classes(recipe_name([str(path)]))[0]
     module, _, name = CONFIG_CLASSES[command].partition(":")
     found = getattr(import_module(module), name)
     assert isinstance(found, type)
@@ -38,12 +42,12 @@ def config_class(command: str) -> type:
 
 
 def load(path: Path) -> object:
-    return load_config(config_class(command_of(path.read_text("utf-8").partition("\n")[0])), path)
+    return load_config(config_class(command_of(path.read_text("utf-8").partition("\n")[0]), path), path)
 
 
 def test_there_are_configs_for_every_command_that_takes_one():
     commands = {command_of(path.read_text("utf-8").partition("\n")[0]) for path in FILES}
-    assert commands == set(CONFIG_CLASSES)
+    assert commands == {*CONFIG_CLASSES, "train-lm"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

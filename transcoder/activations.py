@@ -37,19 +37,19 @@ from transcoder.config import Ste
 def topk_mask(pre_acts: Float[Tensor, "*rows feature"], k: int) -> Bool[Tensor, "*rows feature"]:
     """Which features are among the k largest of their row: exactly k; ties go to the lowest index.
 
-    A NaN counts as largest, so it stays visible in what follows.
+    NaNs count as equal and larger than all, so that they stay visible in what follows.
     """
     if k >= pre_acts.shape[-1]:
         return torch.ones_like(pre_acts, dtype=torch.bool)
+    if k == 0:
+        return torch.zeros_like(pre_acts, dtype=torch.bool)
     threshold = pre_acts.topk(k, dim=-1).values[..., -1:]
-    # Not `>=`: against a NaN every comparison is false, and the row must be kept rather than cleared.
-    kept = ~(pre_acts < threshold)
-    if int(kept.count_nonzero()) > k * kept[..., 0].numel():
-        above = (pre_acts > threshold) | pre_acts.isnan()
-        tied = kept & ~above
-        room = k - above.sum(-1, keepdim=True)
-        kept = above | (tied & (tied.cumsum(-1) <= room))
-    return kept
+    # Against a NaN every comparison is false.
+    tied = (pre_acts == threshold) | (pre_acts.isnan() & threshold.isnan())
+    above = (pre_acts > threshold) | (pre_acts.isnan() & ~threshold.isnan())
+    if int(tied.count_nonzero()) + int(above.count_nonzero()) == k * tied[..., 0].numel():
+        return tied | above
+    return above | (tied & (tied.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
 def topk(pre_acts: Float[Tensor, "*rows feature"], k: int) -> Float[Tensor, "*rows feature"]:

@@ -24,6 +24,10 @@ from capture.reader import ActivationStore
 from mdlm_interp.errors import DataError
 from mdlm_interp.shapes import Bool, Float32, Float64
 from transcoder.train_config import TrainConfig
+from transcoder.windows import OwnRows
+
+WHERE = ("seq", "pos", "x0", "xt")
+"""Coordinates that a batch keeps of its rows."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,12 @@ class Batch:
 class Batches(Protocol):
     """Batches by step number."""
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, the same whenever it is asked for."""
+    def batch(self, step: int, own: range | None = None) -> Batch:
+        """The batch of a step, the same whenever it is asked for.
+
+        Args:
+            own: Which of its rows; none gives all.
+        """
         ...
 
     def cursor(self, step: int) -> dict[str, int]:
@@ -71,9 +79,11 @@ class StoreBatches:
         output_hooks: Sequence[str],
     ) -> None:
         self._hooks = tuple(input_hooks), tuple(output_hooks)
+        self._size = config.batch_size
+        self._row = store.row_shape(input_hooks[0])
         parts = [sequences] if config.t_bins is None else by_time(store, sequences, config.t_bins)
         self._parts = [
-            ShuffledRows(
+            OwnRows(
                 store,
                 hooks=list(dict.fromkeys([*input_hooks, *output_hooks])),
                 batch_size=config.batch_size // len(parts),
@@ -90,14 +100,44 @@ class StoreBatches:
         """The store's rows of a step, without reading them."""
         return np.concatenate([part.rows(*_place(part, step)) for part in self._parts])
 
-    def batch(self, step: int) -> Batch:
-        """The activations of a step."""
-        return joined([as_batch(part.batch(*_place(part, step)), *self._hooks) for part in self._parts])
+    def batch(self, step: int, own: range | None = None) -> Batch:
+        """The activations of a step, of whose rows only those asked for are read."""
+        own = range(self._size) if own is None else own
+        x, y = (torch.empty(len(hooks), len(own), *self._row) for hooks in self._hooks)
+        named = [*zip(self._hooks[0], x, strict=True), *zip(self._hooks[1], y, strict=True)]
+        found, filled = [], 0
+        for number, part in enumerate(self._parts):
+            of_part = _within(own, number * part.batch_size, part.batch_size)
+            if not of_part:
+                continue
+            stop = filled + len(of_part)
+            acts = [(name, out[filled:stop]) for name, out in named]
+            found.append(part.part(*_place(part, step), of_part, acts))
+            filled = stop
+        coords = {name: torch.cat([part.coords[name] for part in found]) for name in found[0].coords}
+        return Batch(
+            rows=torch.cat([part.rows for part in found]).numpy(),
+            x=x,
+            y=y,
+            is_masked=coords["is_masked"],
+            t=coords["t"],
+            where={name: coords[name] for name in WHERE},
+        )
 
     def cursor(self, step: int) -> dict[str, int]:
         """The epoch and step in it; of several parts, of the first."""
         epoch, within = _place(self._parts[0], step)
         return {"epoch": epoch, "step_of_epoch": within, "steps_per_epoch": self._parts[0].steps_per_epoch}
+
+
+def _within(own: range, start: int, size: int) -> range:
+    """Those of some rows that are among `size` rows from `start`, counted from there.
+
+    >>> [_within(range(3, 9), start, 4) for start in (0, 4, 8, 12)]
+    [range(3, 4), range(0, 4), range(0, 1), range(0, 0)]
+    """
+    found = range(max(own.start - start, 0), min(own.stop - start, size))
+    return found or range(0)
 
 
 def _place(part: ShuffledRows, step: int) -> tuple[int, int]:
@@ -153,19 +193,5 @@ def as_batch(rows: RowBatch, input_hooks: Sequence[str], output_hooks: Sequence[
         y=torch.stack([rows.acts[name] for name in output_hooks]),
         is_masked=rows.coords["is_masked"],
         t=rows.coords["t"],
-        where={name: rows.coords[name] for name in ("seq", "pos", "x0", "xt")},
-    )
-
-
-def joined(parts: Sequence[Batch]) -> Batch:
-    """Batches one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    return Batch(
-        rows=np.concatenate([part.rows for part in parts]),
-        x=torch.cat([part.x for part in parts], 1),
-        y=torch.cat([part.y for part in parts], 1),
-        is_masked=torch.cat([part.is_masked for part in parts]),
-        t=torch.cat([part.t for part in parts]),
-        where={name: torch.cat([part.where[name] for part in parts]) for name in parts[0].where},
+        where={name: rows.coords[name] for name in WHERE},
     )

@@ -45,7 +45,7 @@ def train(argv: Sequence[str]) -> int:
         CLTRunConfig, argv, prog="mdlm-interp clt train", positional=("store",), config_file=True
     )
     from transcoder.run import train as run
-    from transcoder.training_log import read_log
+    from transcoder.training_log import fvu_text, read_log
     from transcoder.training_state import latest_training_state
 
     try:
@@ -60,7 +60,7 @@ def train(argv: Sequence[str]) -> int:
     print(f"{config.out}: {clt.extra_repr()}")
     for last in read_log(config.out / METRICS)[-1:]:
         print(
-            f"after {last['step']} steps on {last['rows']:,} rows: FVU {last['fvu']:.3f}, "
+            f"after {last['step']} steps on {last['rows']:,} rows: FVU {fvu_text(last)}, "
             f"L0 {last['l0']:.1f} per layer, {last['dead']} dead features"
         )
     if config.store is not None:

@@ -91,6 +91,11 @@ class TranscoderConfig(FeatureConfig):
     def __post_init__(self) -> None:
         require_at_least_one(self, ("n_layers", "d_model"))
         super().__post_init__()
+        if self.band is not None and self.band >= self.n_layers:
+            raise ConfigError(
+                f"band must be below the number of layers, got band {self.band} for {self.n_layers}; lower it, or set "
+                f"connectivity clt, which writes to all later layers"
+            )
         if self.selects != (self.k is not None):
             need = "needs k, a number of features" if self.selects else f"has no k, got {self.k}"
             raise ConfigError(f"activation {self.activation} {need}; set both alike")
@@ -108,8 +113,7 @@ class TranscoderConfig(FeatureConfig):
     @property
     def reach(self) -> int:
         """Layers that a feature writes to at most, its own included; also those that write to a layer at most."""
-        widest = {"clt": self.n_layers, "plt": 1, "band": self.band or 1}[self.connectivity]
-        return min(widest, self.n_layers)
+        return {"clt": self.n_layers, "plt": 1, "band": self.band or 1}[self.connectivity]
 
     def targets(self, source: int) -> range:
         """The layers that a layer's features write to.

@@ -36,7 +36,7 @@ from transcoder.model import CrossLayerTranscoder
 from transcoder.replacement import ReplacementModel
 from transcoder.report import layer_table, origin, summary, write_report
 from transcoder.run import train
-from transcoder.training_log import read_log
+from transcoder.training_log import fvu_text, read_log
 
 SENTENCES = (
     "Tom had a small [MASK] and he loved to play with it in the garden.",
@@ -192,7 +192,7 @@ def _train(work: Workspace) -> CrossLayerTranscoder:
     last = read_log(work.clt / METRICS)[-1]
     print(
         f"{clt.config.n_layers} layers of {clt.config.n_features} features, {clt.config.k} active at a time: "
-        f"{1 - last['fvu']:.1%} of the training batches' variance explained"
+        f"{fvu_text(last, explained=True)} of the training batches' variance explained"
     )
     return clt
 

@@ -18,7 +18,7 @@ from transcoder.eval_scores import MEAN, ORIGINAL, REPLACED, ZERO
 from transcoder.eval_tables import figure as estimated
 from transcoder.eval_tables import number, table
 from transcoder.evaluation import Evaluation
-from transcoder.plots import DOTS_PER_INCH, new_figure
+from transcoder.figures import DOTS_PER_INCH, new_figure
 from transcoder.report import MEAN_NOTE, mean_fvu
 
 if TYPE_CHECKING:

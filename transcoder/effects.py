@@ -23,7 +23,8 @@ from mdlm_interp.errors import DataError
 from mdlm_interp.hooks import HookPoint
 from mdlm_interp.shapes import Float, Int64
 from transcoder.evaluation import masked_log_probs
-from transcoder.replacement import FeatureEdit, ReplacementModel
+from transcoder.feature_edits import FeatureEdit
+from transcoder.replacement import ReplacementModel
 
 
 @dataclass(frozen=True)

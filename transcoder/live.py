@@ -131,12 +131,13 @@ class LiveBatches:
                 f"live.window_sequences or lower train.batch_size"
             )
 
-    def batch(self, step: int) -> Batch:
-        """The activations of a step."""
+    def batch(self, step: int, own: range | None = None) -> Batch:
+        """The activations of a step. The model runs over whole windows, whatever is asked for of the batch."""
         epoch, window, piece = self._place(step)
         rows, order = self._window(epoch, window)
         size = self._config.batch_size
         chosen = torch.from_numpy(order[piece * size : (piece + 1) * size])
+        chosen = chosen if own is None else chosen[own.start : own.stop]
         return Batch(
             rows=rows.rows[chosen.numpy()],
             x=rows.x[:, chosen],

@@ -12,12 +12,15 @@ from torch import Tensor
 from mdlm_interp.shapes import Float
 
 
-def layer_fvu(
+def layer_nmse(
     y_hat: Float[Tensor, "layer batch d_model"],
     y: Float[Tensor, "layer batch d_model"],
     row_weights: Float[Tensor, "layer batch"] | None = None,
 ) -> Float[Tensor, " layer"]:
-    """Squared error of each layer over the store's total variance, which is d_model in normalised units.
+    """Mean squared error of each layer in normalised units: of the variance over the training store.
+
+    It is no FVU, which is of the variance of the rows themselves (`metrics`): here a row's error counts the same in
+    any batch, so the mean over batches is that of their rows.
 
     Args:
         row_weights: Factor on each row's error; the mean is still over all rows.
@@ -30,8 +33,8 @@ def reconstruction_loss(
     y: Float[Tensor, "layer batch d_model"],
     row_weights: Float[Tensor, "layer batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over layers of the fraction of variance unexplained."""
-    return layer_fvu(y_hat, y, row_weights).mean()
+    """Mean over layers of the normalised mean squared error."""
+    return layer_nmse(y_hat, y, row_weights).mean()
 
 
 def auxk_loss(

@@ -3,8 +3,8 @@
 1. Each row belongs to one group: unmasked or masked, in one t-bin (the store's, `capture.schema.T_BINS`).
 2. Sums over the rows of each group are taken in float64, so that figures are those of all rows together and not
    means of batch figures, and any union of groups has its figures from the sums of its groups.
-3. Variances are about the mean of the rows looked at. A share of a variance that is hardly there would be
-   rounding over rounding: it is nan, and the reason is kept with it.
+3. Variances are about the mean of the rows looked at, in training those of a batch (`fvu_of`). A share of a variance
+   that is hardly there would be rounding over rounding: it is nan, and the reason is kept with it.
 
 Explained variance has two definitions in use, and both are given; they differ wherever dimensions do:
 - pooled: 1 - sum over dimensions of var(error) / sum over dimensions of var(target);
@@ -178,6 +178,11 @@ class ReconstructionMetrics:
         mean_square = error_squares / n
         # In units of the store's variance, as the transcoder normalises it.
         unit = self.outputs.scale.cpu().square()
+        fvu = fvu_of(
+            mean_square.mean(1) * unit,
+            (target_squares / n).mean(1) * unit,
+            targets / n * unit.sqrt()[:, None],
+        )
         found = []
         for layer in range(targets.shape[0]):
             reason = _why_undefined(
@@ -192,7 +197,7 @@ class ReconstructionMetrics:
             found.append(
                 LayerMetrics(
                     n_rows=n,
-                    fvu=float(mean_square[layer].sum() / varied.sum()),
+                    fvu=float(fvu[layer]) if reason is None else float("nan"),
                     nmse=float(mean_square[layer].mean() * unit[layer]),
                     explained_variance=float(1 - error_variance[layer].sum() / varied.sum()),
                     explained_variance_by_dimension=float(by_dimension.mean()),
@@ -215,6 +220,27 @@ class ReconstructionMetrics:
     def _pooled(self, sums: Tensor, stratum: str, t_bin: int | None) -> Tensor:
         bins = slice(None) if t_bin is None else slice(t_bin, t_bin + 1)
         return sums[:, _GROUPS_OF[stratum], bins].sum((1, 2))
+
+
+def fvu_of(
+    square: Float64[Tensor, " layer"],
+    target_square: Float64[Tensor, " layer"],
+    target_mean: Float64[Tensor, "layer d_model"],
+) -> Float64[Tensor, " layer"]:
+    """Fraction of variance unexplained: mean squared error over the variance of the same rows about their mean.
+
+    That mean is what the best constant would predict, whose FVU is 1. It is the one definition, for the batches of
+    training and for rows held out.
+
+    Args:
+        square: Mean over rows and dimensions of the squared error, in normalised units, as all of these.
+        target_square: Mean over rows and dimensions of the squared target.
+        target_mean: Mean row of the targets.
+    Returns:
+        nan where the rows' variance is below `LEAST_VARIANCE`.
+    """
+    variance = target_square - target_mean.square().mean(1)
+    return torch.where(variance >= LEAST_VARIANCE, square / variance, torch.nan)
 
 
 def t_bin_of(t: Float64[Tensor, " seq"], t_bins: int) -> Int64[Tensor, " seq"]:

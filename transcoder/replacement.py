@@ -6,9 +6,6 @@ up to l that write to it, of this same pass. With the error terms of a pass with
 (`error_terms.py`), the result is the model's own, bit for bit. Feature edits leave the MLPs in place and add only
 the difference that the edit makes to the reconstruction, so the model's own errors are kept.
 
-A layer's features are written to all its targets as soon as they are known, so no pass holds the features of more
-than one layer.
-
 All of these are contexts on the model itself and nest with any other hooks.
 """
 
@@ -16,83 +13,27 @@ All of these are contexts on the model itself and nest with any other hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mdlm_interp.errors import DataError
 from mdlm_interp.hooks import HookFunction, HookPoint
 from mdlm_interp.model import HookedMDLM
-from mdlm_interp.shapes import Bool, Float, Int64
+from mdlm_interp.shapes import Float, Int64
 from transcoder.error_terms import ErrorTerm, ErrorTerms
+from transcoder.feature_edits import FeatureEdit, changes_of, with_change
 from transcoder.identity import check_model
 from transcoder.model import CrossLayerTranscoder
 from transcoder.normalisation import Normalisation
-
-
-@dataclass(frozen=True)
-class FeatureEdit:
-    """Multiply a feature's activation; 0 ablates it."""
-
-    layer: int
-    feature: int
-    positions: tuple[int, ...] | None = None
-    """Positions of the sequences; None for all."""
-    scale: float = 0.0
-    """Factor on the activation."""
-
+from transcoder.reconstruction import Reconstruction
 
 Look: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called with a layer, its feature activations [batch pos feature], its output and its reconstruction
 [batch pos d_model]."""
-
-
-class _Reconstruction:
-    """Reconstructions of some layers' outputs, summed while a pass brings the features up, layer by layer."""
-
-    def __init__(self, clt: CrossLayerTranscoder, targets: Collection[int]) -> None:
-        self._clt, self._targets = clt, targets
-        self._sums: dict[int, Tensor] = {}
-        self._skipped: dict[int, Tensor] = {}
-        self.acts: dict[int, Tensor] = {}
-        """Activations of the layer that was read last."""
-
-    @property
-    def sources(self) -> list[int]:
-        """Layers whose features are needed."""
-        return sorted({source for target in self._targets for source in self._clt.config.sources(target)})
-
-    def read(self, layer: int, x: Float[Tensor, "batch pos d_model"]) -> None:
-        """Encode a layer's input and add what its features write."""
-        clt = self._clt
-        acts = clt.encode_layer(x, layer)
-        self.acts = {layer: acts}
-        for target in clt.config.targets(layer):
-            if target in self._targets:
-                # A pass that was stopped half way may have left a sum: the first source starts anew.
-                is_first = clt.config.sources(target)[0] == layer
-                before = clt.b_dec[target] if is_first else self._sums[target]
-                self._sums[target] = before + acts @ clt.W_dec[layer][:, target - layer]
-        if clt.W_skip is not None and layer in self._targets:
-            normalised = (x - clt.in_mean[layer]) * clt.in_scale[layer]
-            self._skipped[layer] = functional.linear(normalised, clt.W_skip[layer])
-
-    def take(self, target: int) -> Float[Tensor, "batch pos d_model"]:
-        """The reconstruction of a layer's output, whose sources have all been read."""
-        total = self._sums.pop(target)
-        if target in self._skipped:
-            total = total + self._skipped.pop(target)
-        return total / self._clt.out_scale[target] + self._clt.out_mean[target]
-
-    def clear(self) -> None:
-        """Let go of all tensors."""
-        for kept in (self._sums, self._skipped, self.acts):
-            kept.clear()
 
 
 def outputs_of(clt: CrossLayerTranscoder) -> Normalisation | None:
@@ -185,7 +126,7 @@ class ReplacementModel:
         """Reconstruct every MLP's output beside the model, which stays as it is, and call `look` with each."""
         config = self.clt.config
         layers = {name: layer for layer, name in enumerate(config.output_hooks)}
-        reconstruction = _Reconstruction(self.clt, range(config.n_layers))
+        reconstruction = Reconstruction(self.clt, range(config.n_layers))
 
         def compare(tensor: Tensor, hook: HookPoint) -> None:
             layer = layers[hook.name]
@@ -229,8 +170,20 @@ class ReplacementModel:
         Args:
             errors: Added to the reconstructions; from `error_terms`, on the same input.
         """
+        reading, writing = self.splice_hooks(layers, errors)
+        with self._hooks(reading, read_only=True), self._hooks(writing):
+            yield
+
+    def splice_hooks(
+        self, layers: Sequence[int] | None = None, errors: ErrorTerms | None = None
+    ) -> tuple[dict[str, HookFunction], dict[str, HookFunction]]:
+        """What `spliced` installs, for those who install other hooks before and after it.
+
+        Returns:
+            Functions by hook point that only read, on the encoders' inputs; and those that write the outputs.
+        """
         chosen = self._layers(layers)
-        reconstruction = _Reconstruction(self.clt, frozenset(chosen))
+        reconstruction = Reconstruction(self.clt, frozenset(chosen))
 
         def write(target: int) -> HookFunction:
             def replace(tensor: Tensor, hook: HookPoint) -> Tensor:
@@ -239,8 +192,9 @@ class ReplacementModel:
 
             return replace
 
-        with self._encoding(reconstruction), self._writing(chosen, write):
-            yield
+        return self._reads(reconstruction), {
+            self.clt.config.output_hooks[layer]: write(layer) for layer in chosen
+        }
 
     @contextmanager
     def ablated(self, kind: Literal["zero", "mean"], layers: Sequence[int] | None = None) -> Iterator[None]:
@@ -269,13 +223,16 @@ class ReplacementModel:
         by_layer: dict[int, list[FeatureEdit]] = {}
         for edit in edits:
             if not 0 <= edit.feature < self.clt.config.n_features:
-                raise DataError(f"feature must be in [0, {self.clt.config.n_features}), got {edit.feature}")
+                raise DataError(
+                    f"feature must be in [0, {self.clt.config.n_features}), got {edit.feature}; "
+                    f"it is the number within its layer"
+                )
             by_layer.setdefault(self._layers([edit.layer])[0], []).append(edit)
         changes: dict[int, dict[int, Tensor]] = {}
 
         def read(layer: int) -> HookFunction:
             def encode(tensor: Tensor, hook: HookPoint) -> None:
-                changes[layer] = _changes(by_layer[layer], self.clt.encode_layer(tensor, layer))
+                changes[layer] = changes_of(by_layer[layer], self.clt.encode_layer(tensor, layer))
 
             return encode
 
@@ -286,8 +243,7 @@ class ReplacementModel:
                         continue
                     for feature, change in changes[source].items():
                         row = self.clt.decoder_rows(source, feature)[target - source]
-                        # Not a sum over all positions: x + 0 would turn -0 into 0.
-                        tensor = torch.where(change[..., None] != 0, tensor + change[..., None] * row, tensor)
+                        tensor = with_change(tensor, change, row)
                 return tensor
 
             return add
@@ -302,19 +258,20 @@ class ReplacementModel:
         chosen = list(range(n_layers)) if layers is None else list(layers)
         for layer in chosen:
             if not 0 <= layer < n_layers:
-                raise DataError(f"layer must be in [0, {n_layers}), got {layer}")
+                raise DataError(f"layer must be in [0, {n_layers}), got {layer}; layers count from 0")
         return chosen
 
-    @contextmanager
-    def _encoding(self, reconstruction: _Reconstruction) -> Iterator[None]:
-        """Reconstruct from the inputs of each pass."""
-
+    def _reads(self, reconstruction: Reconstruction) -> dict[str, HookFunction]:
         def read(layer: int) -> HookFunction:
             return lambda tensor, hook: reconstruction.read(layer, tensor)
 
-        functions = {self.clt.config.input_hooks[layer]: read(layer) for layer in reconstruction.sources}
+        return {self.clt.config.input_hooks[layer]: read(layer) for layer in reconstruction.sources}
+
+    @contextmanager
+    def _encoding(self, reconstruction: Reconstruction) -> Iterator[None]:
+        """Reconstruct from the inputs of each pass."""
         try:
-            with self._hooks(functions, read_only=True):
+            with self._hooks(self._reads(reconstruction), read_only=True):
                 yield
         finally:
             reconstruction.clear()
@@ -330,26 +287,3 @@ class ReplacementModel:
             if functions:
                 stack.enter_context(self.model.hooks(functions, read_only=read_only))
             yield
-
-
-def _changes(
-    edits: Sequence[FeatureEdit], acts: Float[Tensor, "batch pos feature"]
-) -> dict[int, Float[Tensor, "batch pos"]]:
-    """What edits of one layer add to its features' activations, by feature; edits of one feature chain."""
-    edited: dict[int, Tensor] = {}
-    for edit in edits:
-        before = edited.get(edit.feature, acts[..., edit.feature])
-        edited[edit.feature] = torch.where(_at(edit.positions, before), edit.scale * before, before)
-    return {feature: after - acts[..., feature] for feature, after in edited.items()}
-
-
-def _at(positions: Sequence[int] | None, acts: Float[Tensor, "batch pos"]) -> Bool[Tensor, " pos"]:
-    n_positions = acts.shape[-1]
-    if positions is None:
-        return torch.ones(n_positions, dtype=torch.bool, device=acts.device)
-    for position in positions:
-        if not 0 <= position < n_positions:
-            raise DataError(f"positions must be in [0, {n_positions}), got {position}")
-    at = torch.zeros(n_positions, dtype=torch.bool, device=acts.device)
-    at[list(positions)] = True
-    return at

@@ -19,6 +19,7 @@ from mdlm_interp.atomic_files import replacing
 from mdlm_interp.errors import OutputExistsError
 from transcoder import eval_tables
 from transcoder.checkpoint import write_json
+from transcoder.cost_plots import plot_nelbo
 from transcoder.data import Coverage, RowStore, coverage
 from transcoder.eval_error_terms import NATIVE_BOUND
 from transcoder.eval_json import to_json
@@ -26,8 +27,10 @@ from transcoder.eval_passes import KINDS
 from transcoder.eval_scores import ABLATIONS, MEAN, ORIGINAL, REPLACED, ZERO, Condition
 from transcoder.eval_tables import UNDEFINED, figure, number, t_name
 from transcoder.evaluation import Evaluation
+from transcoder.figures import DOTS_PER_INCH
 from transcoder.metrics import DENSE
-from transcoder.plots import DOTS_PER_INCH, plot_density, plot_fvu, plot_nelbo, plot_training
+from transcoder.plots import plot_density, plot_fvu
+from transcoder.training_plots import plot_training
 
 if TYPE_CHECKING:
     from transcoder.model import CrossLayerTranscoder

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import torch
 
 from capture import ActivationStore, open_store
 from mdlm_interp import __version__
-from mdlm_interp.atomic_files import write_errors
 from mdlm_interp.config_files import to_mapping
 from mdlm_interp.devices import usable_device
 from mdlm_interp.errors import CheckpointError, OutputExistsError
@@ -29,6 +29,7 @@ from transcoder.calibration import calibrated
 from transcoder.checkpoint import CONFIG, load_clt, read_json, save_clt, write_json
 from transcoder.config import METRICS, CLTRunConfig
 from transcoder.data import coverage
+from transcoder.exclusive import only_run
 from transcoder.held_out import training_hashes
 from transcoder.initialisation import set_firing_rates
 from transcoder.model import CrossLayerTranscoder
@@ -37,8 +38,9 @@ from transcoder.scale_out.layout import Layout, layout_of
 from transcoder.scale_out.processes import Processes, joined_processes, own_device, threads_of
 from transcoder.scale_out.shards import feature_blocks, whole
 from transcoder.sources import Source, StoreSource
-from transcoder.trainer import Trainer, fit
+from transcoder.trainer import Trainer
 from transcoder.training_log import trim_log
+from transcoder.training_loop import fit
 from transcoder.training_state import (
     CHECKPOINTS,
     damaged_state,
@@ -76,7 +78,7 @@ def train(
     Raises:
         ConfigError: If the processes cannot share the rows and features evenly.
         OutputExistsError: If config.out holds a finished run, or metrics that no run here can continue.
-        CheckpointError: If it holds a run with other settings or on another store.
+        CheckpointError: If it holds a run with other settings or on another store, or another process trains in it.
         StoreError: If the store does not say with which model and tokenizer it was captured, or a row of it is not
             what that model computes.
         DataError: If the loss is not finite, or the store has too little in it.
@@ -108,13 +110,17 @@ def _train(
     config: CLTRunConfig, store: ActivationStore | None, processes: Processes, *, progress: bool
 ) -> CrossLayerTranscoder:
     processes.first(lambda: _refuse_existing(config.out))
-    source = source_of(config, store)
-    trainer = prepare(config, source, processes)
-    processes.first(lambda: _begin(config.out, trainer))
-    fit(trainer, config.out, progress=progress)
-    clt = whole(trainer.blocks, processes)
-    found: list[CrossLayerTranscoder] = []  # of the first process
-    processes.first(lambda: found.append(finish(config, clt, source)))
+    with ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(only_run(config.out)))
+        # Again, for what another run did until it gave the directory free.
+        processes.first(lambda: _refuse_existing(config.out))
+        source = source_of(config, store)
+        trainer = prepare(config, source, processes)
+        processes.first(lambda: begin_log(config.out, trainer))
+        fit(trainer, config.out, progress=progress)
+        clt = whole(trainer.blocks, processes)
+        found: list[CrossLayerTranscoder] = []  # of the first process
+        processes.first(lambda: found.append(finish(config, clt, source)))
     return found[0] if found else load_clt(config.out, device=clt.b_enc.device)
 
 
@@ -122,12 +128,6 @@ def _refuse_existing(out: Path) -> None:
     if (out / CONFIG).exists():
         raise OutputExistsError(f"{out} holds a finished transcoder; choose another out directory")
     refuse_foreign_log(out)
-
-
-def _begin(out: Path, trainer: Trainer) -> None:
-    with write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    begin_log(out, trainer)
 
 
 def source_of(config: CLTRunConfig, store: ActivationStore | None = None) -> Source:
@@ -156,7 +156,7 @@ def finish(config: CLTRunConfig, clt: CrossLayerTranscoder, source: Source) -> C
     if clt.config.activation == "batchtopk":
         clt = calibrated(clt, [batch.x.to(clt.b_enc.device) for batch in held_out])
     if drawn:
-        draw_run(clt, held_out, config.out)
+        draw_run(clt, held_out, config.out, config.k if config.selects else None)
     save_clt(clt, config.out)
     shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
     return clt

@@ -7,28 +7,35 @@ fvu.png, density.png and l0.png beside the transcoder; `clt eval` draws more of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from mdlm_interp.atomic_files import replacing
 from transcoder.batches import Batch
 from transcoder.config import METRICS
+from transcoder.figures import DOTS_PER_INCH
 from transcoder.metrics import STRATA, ReconstructionMetrics
 from transcoder.model import CrossLayerTranscoder
-from transcoder.plots import DOTS_PER_INCH, draw_density, draw_fvu, layer_colour, new_figure
+from transcoder.plots import draw_density, draw_fvu
 from transcoder.training_log import read_log
+from transcoder.training_plots import draw_l0
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @torch.no_grad()
-def draw_run(clt: CrossLayerTranscoder, held_out: Sequence[Batch], out: Path) -> list[Path]:
-    """Draw the plots; those of held-out rows only if there are any. Returns their files."""
+def draw_run(
+    clt: CrossLayerTranscoder, held_out: Sequence[Batch], out: Path, k: int | None = None
+) -> list[Path]:
+    """Draw the plots; those of held-out rows only if there are any. Returns their files.
+
+    Args:
+        k: Features that the activation kept in training; none if it did not select.
+    """
     figures: dict[str, Figure] = {}
     if held_out:
         metrics = ReconstructionMetrics(clt)
@@ -42,26 +49,8 @@ def draw_run(clt: CrossLayerTranscoder, held_out: Sequence[Batch], out: Path) ->
         figures["density.png"] = draw_density(metrics.density(), n_rows, title)
     log = read_log(out / METRICS)
     if log:
-        figures["l0.png"] = draw_l0(log)
+        figures["l0.png"] = draw_l0(log, k)
     for name, figure in figures.items():
         with replacing(out / name) as partial:
             figure.savefig(partial, dpi=DOTS_PER_INCH)
     return [out / name for name in figures]
-
-
-def draw_l0(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Active features per row of each layer over the training run."""
-    figure, axes = new_figure()
-    rows = [entry["rows"] for entry in log]
-    by_layer = np.array([entry["l0_by_layer"] for entry in log])
-    for layer, values in enumerate(by_layer.T):
-        axes.plot(
-            rows, values, label=f"layer {layer}", color=layer_colour(layer, by_layer.shape[1]), linewidth=1.0
-        )
-    axes.plot(rows, by_layer.mean(1), color="black", linewidth=2.0, label="mean")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("training rows (tokens)")
-    axes.set_ylabel("active features per row")
-    axes.set_title("Training: L0 of the batches")
-    axes.legend(fontsize="small", ncols=1 + by_layer.shape[1] // 9)
-    return figure

@@ -6,6 +6,9 @@ import math
 
 from transcoder.train_config import TrainConfig
 
+WARMUP_STEPS = 50
+"""Of a run that names none."""
+
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Learning rate of a step, counted from 0: linear warm-up, constant, decay to zero.
@@ -14,7 +17,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     >>> [learning_rate(config, step) for step in (0, 1, 6, 8)]
     [0.5, 1.0, 1.0, 0.5]
     """
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    steps = min(WARMUP_STEPS, config.steps) if config.warmup_steps is None else config.warmup_steps
+    warmup = min(1.0, (step + 1) / max(1, steps))
     decay_steps = config.decay_fraction * config.steps
     if config.decay == "none" or decay_steps == 0:
         return config.lr * warmup

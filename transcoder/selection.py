@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from mdlm_interp.shapes import Bool, Float
-from transcoder.activations import batch_topk_mask
 from transcoder.config import TranscoderConfig
-from transcoder.kernels import select_topk
+from transcoder.kernels import select_batch_topk, select_topk
 from transcoder.sparse import SparseActs, from_mask, offsets_of
 
 
@@ -28,17 +27,15 @@ def selected_entries(
     Args:
         k: Of this step; None for activations that do not select.
     """
-    if config.activation == "topk":
+    if config.selects:
         assert k is not None
-        return [select_topk(of_layer, k) for of_layer in pre_acts.unbind()]
+        select = select_topk if config.activation == "topk" else select_batch_topk
+        return [select(of_layer, k) for of_layer in pre_acts.unbind()]
     # Not `> 0`: a NaN stays visible.
     if config.activation == "jumprelu":
         chosen = ~(pre_acts <= (thresholds - config.ste_width / 2)[:, None])
     else:
         chosen = ~(pre_acts <= 0)
-    if config.activation == "batchtopk":
-        assert k is not None
-        chosen &= batch_topk_mask(pre_acts, k)
     return [from_mask(*of_layer) for of_layer in zip(pre_acts.unbind(), chosen.unbind(), strict=True)]
 
 

@@ -73,18 +73,18 @@ class MetricSinks:
 
 
 def _scalars(entry: Mapping[str, Any]) -> dict[str, int | float]:
-    """A line's numbers by name; those of layers as name/layer.
+    """A line's numbers by name, those of layers as name/layer, without those that are undefined.
 
-    >>> _scalars({"step": 3, "fvu": 0.5, "fvu_by_layer": [0.4, 0.6]})
+    >>> _scalars({"step": 3, "fvu": 0.5, "fvu_by_layer": [0.4, 0.6, None]})
     {'fvu': 0.5, 'fvu_by_layer/0': 0.4, 'fvu_by_layer/1': 0.6}
     """
-    found: dict[str, int | float] = {}
+    found: dict[str, int | float | None] = {}
     for name, value in entry.items():
         if isinstance(value, list):
             found |= {f"{name}/{layer}": item for layer, item in enumerate(value)}
         elif name != "step":
             found[name] = value
-    return found
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _imported(module: str, extra: str) -> Any:

@@ -25,8 +25,8 @@ class TrainConfig:
     """Rows (tokens) in a step."""
     lr: float = 2e-3
     """Peak learning rate of Adam."""
-    warmup_steps: int = 50
-    """Steps of linear warm-up from zero."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from zero; none takes 50, or all steps of a shorter run."""
     decay: Literal["linear", "cosine", "none"] = "linear"
     """How the learning rate falls to zero at the end."""
     decay_fraction: float = 0.2
@@ -105,7 +105,13 @@ class TrainConfig:
         for name in ("blocks", "mesh"):
             pair = getattr(self, name)
             require_in(self, name, "two numbers from 1, data and feature", pair is None or min(pair) >= 1)
-        require_in(self, "warmup_steps", "at least 0", self.warmup_steps >= 0)
+        if self.warmup_steps is not None:
+            require_in(self, "warmup_steps", "at least 0", self.warmup_steps >= 0)
+            if self.warmup_steps > self.steps:
+                raise ConfigError(
+                    f"warmup_steps must be at most steps, got {self.warmup_steps} and {self.steps}; lower it, or leave "
+                    f"it out for none, which takes 50, or all steps of a shorter run"
+                )
         require_in(self, "seed", "in [0, 2**64)", 0 <= self.seed < 2**64)
         # Written so that nan breaks them too.
         require_in(self, "lr", "above 0 and finite", 0.0 < self.lr < math.inf)

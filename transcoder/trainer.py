@@ -1,4 +1,4 @@
-"""One step of training a transcoder, and the loop around it.
+"""One step of training a transcoder, and the state that the next one needs.
 
 step = one batch through the objective, gradients clipped by the norm of all of them together, Adam. Each batch and
 each schedule is a pure function of (config, step), and the state has the weights, both Adam moments and the dead
@@ -11,42 +11,35 @@ Several processes may train together (`scale_out`): each has some blocks of rows
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
-from mdlm_interp.errors import DataError
-from mdlm_interp.interrupts import deferred_interrupts
 from transcoder.batches import Batch, Batches
-from transcoder.checkpoint import write_json
+from transcoder.block_terms import DataBlock
 from transcoder.kernels import GradientBuffers
 from transcoder.model import CrossLayerTranscoder
-from transcoder.objective import DataBlock, Outcome, objective_of_blocks
+from transcoder.not_finite import NonFiniteError, not_finite, parameters_not_finite
+from transcoder.objective import Outcome, objective_of_blocks
 from transcoder.row_weights import row_weights
 from transcoder.scale_out.gradients import backward, clip
 from transcoder.scale_out.processes import Processes
 from transcoder.scale_out.shards import joined, parts_of
 from transcoder.schedules import active_features, learning_rate, sparsity_weight
-from transcoder.sinks import MetricSinks
 from transcoder.train_config import TrainConfig
-from transcoder.training_state import CHECKPOINTS, save_together, save_training_state
 
 
 class StepMetrics(NamedTuple):
     """What one step says about its own batch."""
 
     loss: float
-    fvu: list[float]
-    """Of each layer, against the store's variance."""
+    nmse: list[float]
+    """Mean squared error of each layer, of the variance over the training store."""
+    fvu: list[float | None]
+    """Of each layer, of the variance of the batch's own rows; None where these hardly vary."""
     sparsity: float
     pre_act: float
     auxk: float
@@ -58,24 +51,12 @@ class StepMetrics(NamedTuple):
     """Of all parameters together, before clipping."""
 
 
-class NonFiniteError(DataError):
-    """A loss or gradient that is not finite.
-
-    Attributes:
-        record: Where: step, place in the data, the batch's rows with their coordinates.
-    """
-
-    def __init__(self, message: str, record: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.record = record
-
-
 class Trainer:
     """One run: the transcoder, its optimiser, the dead counters and the step they are at.
 
     Args:
         clt: The transcoder, or this process's feature blocks of it.
-        batches: Whole batches; a process takes its rows of them.
+        batches: A process asks for its rows of them.
         processes: That train together; none for this one alone.
     """
 
@@ -116,8 +97,10 @@ class Trainer:
             NonFiniteError: If the loss or its gradient is not finite, on all processes alike; nothing is changed then.
         """
         config, processes = self.config, self.processes
-        batch = self.batches.batch(self.step_number)
-        n_rows = batch.x.shape[1]
+        along_data = processes.layout.mesh[0]
+        own = None if along_data == 1 else processes.layout.own_rows(config.batch_size)
+        batch = self.batches.batch(self.step_number, own)
+        n_rows = batch.x.shape[1] * along_data
         is_dead = [counter >= config.dead_after_tokens for counter in self.counters]
         self.optimiser.zero_grad(set_to_none=True)
         found = objective_of_blocks(
@@ -132,7 +115,9 @@ class Trainer:
         shared = [self.clt.b_dec, self.clt.W_skip]
         grad_norm = clip(self.blocks, shared, config.grad_clip or float("inf"), processes)
         if not bool(torch.isfinite(found.loss) & torch.isfinite(grad_norm)):
-            raise self._not_finite(found.loss, grad_norm, batch)
+            # All of the batch, so that every process says the same.
+            whole = self.batches.batch(self.step_number)
+            raise self._not_finite(found.loss.item(), grad_norm.item(), whole)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(config, self.step_number)
         self.optimiser.step()
@@ -151,7 +136,8 @@ class Trainer:
         weights = row_weights(
             self.config.row_weights, batch.is_masked.to(device), batch.t.to(device), len(batch.x)
         )
-        cuts = [layout.rows(number, batch.x.shape[1]) for number in layout.data_blocks]
+        size = batch.x.shape[1] // len(layout.data_blocks)
+        cuts = [slice(start, start + size) for start in range(0, batch.x.shape[1], size)]
         return [
             DataBlock(
                 batch.x[:, cut].to(device).contiguous(),
@@ -162,37 +148,10 @@ class Trainer:
             for cut, grads in zip(cuts, self.gradients, strict=True)
         ]
 
-    def _not_finite(self, loss: Tensor, grad_norm: Tensor, batch: Batch) -> NonFiniteError:
-        bad = ~(batch.x.isfinite().all(2).all(0) & batch.y.isfinite().all(2).all(0)).numpy()
-        if bad.any():
-            cause = f"the store's rows {_listed(batch.rows[bad])} are not finite; capture them again"
-        else:
-            cause = (
-                f"its rows {_listed(batch.rows)} are finite, so training diverged; lower lr or set grad_clip"
-            )
-        figures = f"{loss.item()} with a gradient of norm {grad_norm.item()}"
-        record = {
-            "step": self.step_number,
-            "loss": str(loss.item()),
-            "grad_norm": str(grad_norm.item()),
-            "cursor": {"seed": self.config.seed, **self.batches.cursor(self.step_number)},
-            "rows": batch.rows.tolist(),
-            "rows_not_finite": batch.rows[bad].tolist(),
-            "t": batch.t.tolist(),
-            **{name: values.tolist() for name, values in batch.where.items()},
-            "parameters_not_finite": self._parameters_not_finite(),
-        }
-        return NonFiniteError(f"the loss of step {self.step_number} is {figures}: {cause}", record)
-
-    def _parameters_not_finite(self) -> list[str]:
-        """Names of the parameters of which some process has values that are not finite."""
-        names = [name for name, _ in self.clt.named_parameters()]
-        bad = [
-            sum(not bool(block.get_parameter(name).isfinite().all()) for block in self.blocks)
-            for name in names
-        ]
-        counts = self.processes.count(torch.tensor(bad, device=self.clt.b_enc.device), "feature").tolist()
-        return [name for name, count in zip(names, counts, strict=True) if count]
+    def _not_finite(self, loss: float, grad_norm: float, batch: Batch) -> NonFiniteError:
+        cursor = {"seed": self.config.seed, **self.batches.cursor(self.step_number)}
+        parameters = parameters_not_finite(self.blocks, self.processes)
+        return not_finite(self.step_number, loss, grad_norm, batch, cursor, parameters)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is not one number: weights and normalisation, Adam's state, counters, by name.
@@ -254,7 +213,8 @@ def sum_of(masks: Sequence[Tensor]) -> Tensor:
 def _metrics(found: Outcome, dead: int, grad_norm: float, l0: list[float]) -> StepMetrics:
     return StepMetrics(
         loss=found.loss.item(),
-        fvu=found.fvu.tolist(),
+        nmse=found.nmse.tolist(),
+        fvu=[value if math.isfinite(value) else None for value in found.fvu.tolist()],
         sparsity=found.sparsity.item(),
         pre_act=found.pre_act.item(),
         auxk=found.auxk.item(),
@@ -262,103 +222,3 @@ def _metrics(found: Outcome, dead: int, grad_norm: float, l0: list[float]) -> St
         dead=dead,
         grad_norm=grad_norm,
     )
-
-
-def _listed(rows: NDArray[np.int64]) -> str:
-    ordered = np.sort(rows)
-    more = f", ... ({len(ordered)} in all)" if len(ordered) > 8 else ""
-    return ", ".join(map(str, ordered[:8].tolist())) + more
-
-
-def fit(trainer: Trainer, out: Path, *, progress: bool = False) -> None:
-    """Step to the end, writing metrics and states to `out`, the last one after the last step.
-
-    The first process writes the metrics and shows the bar; all write states.
-
-    Raises:
-        DataError: If a loss is not finite; a JSON file beside the states says where.
-        KeyboardInterrupt: After saving the state, on Ctrl-C or SIGTERM to any of the processes.
-        LostProcessError: If another process is gone.
-        WriteError: If the disk is full or failing; the last saved state is still there.
-    """
-    config, total, processes = trainer.config, trainer.config.steps, trainer.processes
-    hidden = None if progress and processes.is_first else True
-    since, timed = time.perf_counter(), 0
-    with ExitStack() as stack:
-        interrupted = stack.enter_context(deferred_interrupts())
-        sinks: list[MetricSinks] = []  # of the first process
-        make = partial(MetricSinks, out, config, trainer.step_number)
-        processes.first(lambda: sinks.append(stack.enter_context(make())))
-        bar = stack.enter_context(
-            tqdm(total=total, initial=trainer.step_number, desc="train", unit="step", disable=hidden)
-        )
-        while trainer.step_number < total:
-            trainer.recent.append(_step(trainer, out))
-            timed += 1
-            bar.update()
-            number = trainer.step_number
-            if number % config.log_every == 0 or number == total:
-                rows_per_s = timed * config.batch_size / (time.perf_counter() - since)
-                entry = _entry(number, trainer.recent, config, rows_per_s)
-                processes.first(partial(_append, sinks, entry))
-                bar.set_postfix_str(_postfix(entry))
-                trainer.recent = []
-                since, timed = time.perf_counter(), 0
-            stop = processes.any(interrupted())
-            if number % config.checkpoint_every == 0 or number == total or stop:
-                _save(trainer, out)
-            if stop:
-                raise KeyboardInterrupt
-
-
-def _save(trainer: Trainer, out: Path) -> None:
-    processes, keep = trainer.processes, trainer.config.keep_checkpoints
-    if processes.layout.is_alone:
-        save_training_state(out, trainer.tensors(), trainer.loop_state(), keep=keep)
-    else:
-        save_together(processes, out, trainer.tensors(), trainer.loop_state(), keep=keep)
-
-
-def _append(sinks: list[MetricSinks], entry: dict[str, Any]) -> None:
-    for each in sinks:
-        each.append(entry)
-
-
-def _step(trainer: Trainer, out: Path) -> StepMetrics:
-    try:
-        return trainer.step()
-    except NonFiniteError as error:
-        path, record = out / CHECKPOINTS / f"failed-step-{trainer.step_number:08d}.json", error.record
-        trainer.processes.first(lambda: write_json(path, record))
-        raise DataError(f"{error}; {path} has the batch") from None
-
-
-def _postfix(entry: dict[str, Any]) -> str:
-    """The figures of the progress bar, which adds the time left."""
-    return (
-        f"loss {entry['loss']:.3f}, FVU {entry['fvu']:.3f}, L0 {entry['l0']:.1f}, dead {entry['dead']}, "
-        f"{entry['rows_per_s']:,} tokens/s"
-    )
-
-
-def _entry(step: int, recent: list[StepMetrics], config: TrainConfig, rows_per_s: float) -> dict[str, Any]:
-    """One line of metrics: means over the steps since the last line, counts as they are now."""
-    layers = np.mean([metrics.fvu for metrics in recent], axis=0)
-    l0 = np.mean([metrics.l0 for metrics in recent], axis=0)
-    means = {
-        name: float(np.mean([getattr(metrics, name) for metrics in recent]))
-        for name in ("loss", "sparsity", "pre_act", "auxk", "grad_norm")
-    }
-    return {
-        "step": step,
-        "rows": step * config.batch_size,
-        **means,
-        "fvu": float(layers.mean()),
-        "fvu_by_layer": layers.tolist(),
-        "l0": float(l0.mean()),
-        "l0_by_layer": l0.tolist(),
-        "dead": recent[-1].dead,
-        "lr": learning_rate(config, step - 1),
-        "sparsity_weight": sparsity_weight(config, step - 1),
-        "rows_per_s": round(rows_per_s),
-    }

@@ -15,8 +15,8 @@ from typing import Any
 from mdlm_interp.atomic_files import replacing, write_errors
 from mdlm_interp.errors import CheckpointError
 
-NUMBERS = ("step", "rows", "loss", "fvu", "l0", "dead")
-"""Entries of every line that are read again, beside fvu_by_layer."""
+NUMBERS = ("step", "rows", "loss", "l0", "dead")
+"""Entries of every line that are read again, beside fvu and fvu_by_layer, which null says are undefined."""
 
 
 def append_entry(path: Path, entry: Mapping[str, Any]) -> None:
@@ -37,6 +37,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     lines, rest = _lines(path)
     return _parsed([*lines, rest] if rest else lines, path)
+
+
+def fvu_text(entry: Mapping[str, Any], *, explained: bool = False) -> str:
+    """The FVU of a line, or 1 - FVU as a percentage.
+
+    >>> fvu_text({"fvu": 0.25}), fvu_text({"fvu": 0.25}, explained=True), fvu_text({"fvu": None})
+    ('0.250', '75.0%', 'undefined')
+    """
+    if entry["fvu"] is None:
+        return "undefined"
+    return f"{1 - entry['fvu']:.1%}" if explained else f"{entry['fvu']:.3f}"
 
 
 def trim_log(path: Path, step: int) -> None:
@@ -77,9 +88,11 @@ def _parsed(lines: list[str], path: Path) -> list[dict[str, Any]]:
         )
         if not isinstance(entry, dict) or missing:
             raise _damaged(path, number, f"no number {missing[0]!r}" if missing else "no JSON object")
+        if "fvu" not in entry or not _is_share(entry["fvu"]):
+            raise _damaged(path, number, "no number or null 'fvu'")
         layers = entry.get("fvu_by_layer")
-        if not isinstance(layers, list) or not layers or not all(map(_is_number, layers)):
-            raise _damaged(path, number, "no list of numbers 'fvu_by_layer'")
+        if not isinstance(layers, list) or not layers or not all(map(_is_share, layers)):
+            raise _damaged(path, number, "no list of numbers or nulls 'fvu_by_layer'")
         if entries and len(layers) != len(entries[0]["fvu_by_layer"]):
             raise _damaged(path, number, "another number of layers than the first line has")
         entries.append(entry)
@@ -88,6 +101,10 @@ def _parsed(lines: list[str], path: Path) -> list[dict[str, Any]]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: object) -> bool:
+    return value is None or _is_number(value)
 
 
 def _damaged(path: Path, number: int, reason: str) -> CheckpointError:

@@ -131,7 +131,7 @@ class ExportFiles(StoreFiles):
         """Paths of all arrays."""
         hooks = self._container.attributes["hooks"]
         yield from (f"acts/{hook}" for hook in hooks)
-        yield from (f"rows/{name}" for name in schema.ROW_COLUMNS)
+        yield from (f"rows/{name}" for name in self._row_columns())
         yield from (f"seqs/{name}" for name in schema.SEQUENCE_COLUMNS)
         yield from (f"stats/{hook}/{what}" for hook in hooks for what in schema.STATISTICS)
 
@@ -142,7 +142,7 @@ class ExportFiles(StoreFiles):
         if kind == "acts":
             dtype, shape = schema.ARRAY_TYPES[attributes["dtype"]], (attributes["rows"], *shapes[name])
         elif kind == "rows":
-            dtype, shape = np.dtype(schema.ROW_COLUMNS[name].dtype), (attributes["rows"],)
+            dtype, shape = np.dtype(self._row_columns()[name].dtype), (attributes["rows"],)
         elif kind == "seqs":
             dtype = np.dtype(schema.SEQUENCE_COLUMNS[name].dtype)
             shape = self.sequence_shape(name, attributes["sequences"])
@@ -151,6 +151,9 @@ class ExportFiles(StoreFiles):
             row = shapes[hook] if what == "mean" else ()
             dtype, shape = np.dtype(np.float64), (2, schema.T_BINS, *row)
         return self._container.array(path, dtype, shape)
+
+    def _row_columns(self) -> Mapping[str, schema.Column]:
+        return schema.row_columns(sampled=self._container.attributes["config"].get("sampler") is not None)
 
     def _pending_blocks(self, name: str) -> Iterator[NDArray[Any]]:
         # Of an incomplete store too, an export has the sequences that are whole.

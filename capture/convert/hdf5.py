@@ -76,7 +76,7 @@ def write_hdf5(selection: Selection, path: Path, advance: Callable[[int], object
             dtype = schema.ARRAY_TYPES[layout.dtype]
             writer.array(f"acts/{hook}", shape, dtype, axes, lossy)
             writer.fill(f"acts/{hook}", selection.act_blocks(hook), advance)
-        for name, column in schema.ROW_COLUMNS.items():
+        for name, column in selection.store.row_columns.items():
             described = {"description": column.description}
             writer.array(f"rows/{name}", (selection.n_rows,), np.dtype(column.dtype), ("row",), described)
             writer.fill(f"rows/{name}", selection.column_blocks(name), advance)

@@ -87,7 +87,7 @@ def _contents(
     for number, start in enumerate(range(0, selection.n_rows, step)):
         stop = min(start + step, selection.n_rows)
         acts = {f"acts.{hook}": selection.acts(hook, start, stop, memory[hook]) for hook in selection.hooks}
-        rows = {f"rows.{name}": selection.column(name, start, stop) for name in schema.ROW_COLUMNS}
+        rows = {f"rows.{name}": selection.column(name, start, stop) for name in selection.store.row_columns}
         yield f"shard-{number:05}.safetensors", {**acts, **rows}
     names = list(schema.SEQUENCE_COLUMNS)
     columns = [rechunked(selection.sequence_blocks(name), sizes["sequences_per_file"]) for name in names]

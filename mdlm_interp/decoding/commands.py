@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from mdlm_interp.atomic_files import refuse_existing
 from mdlm_interp.commands import ModelChoice, sequence_length
 from mdlm_interp.config_args import parse_args
-from mdlm_interp.decoding.draws import Draw
-from mdlm_interp.decoding.orders import Order
-from mdlm_interp.decoding.remasking import ReMDM, TakeBack
-from mdlm_interp.decoding.rewriting import Rewrite
+from mdlm_interp.decoding.choice import SamplerChoice
+from mdlm_interp.decoding.draws import DrawArithmetic
 from mdlm_interp.decoding.sampler import sample, start_tokens
-from mdlm_interp.decoding.schedules import Ancestral, Even, FirstHitting, Fixed, Threshold
-from mdlm_interp.decoding.settings import Sampler, Schedule
+from mdlm_interp.decoding.settings import Record, Sampler
+from mdlm_interp.decoding.trajectory import Seen
 from mdlm_interp.errors import ConfigError
 from mdlm_interp.filling import encode_prompt
+from mdlm_interp.model import HookedMDLM
+from mdlm_interp.tokenizers import Tokenizer
 
-ReMasking = Literal["cap", "rescale", "conf", "loop", "low_confidence", "random"]
-By = Literal[
-    "ancestral",
-    "analytic",
-    "first_hitting",
-    "confidence",
-    "drawn_confidence",
-    "margin",
-    "entropy",
-    "random",
-    "left_to_right",
-]
+Parts = Callable[[HookedMDLM, Sampler], tuple[HookedMDLM, DrawArithmetic]]
+"""Another arithmetic's model and draws for a model and what is to be drawn; the oracle hands in its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(ModelChoice):
+class SampleConfig(SamplerChoice, ModelChoice):
     """Write text from masks by denoising."""
 
     prompt: str = ""
@@ -44,42 +36,27 @@ class SampleConfig(ModelChoice):
     """Number of samples."""
     length: int | None = None
     """Tokens in a sample; the model's context if none."""
-    steps: int | None = None
-    """Denoising steps, of each block if there are blocks; 64 if none."""
-    by: By = "ancestral"
-    """Sampler: ancestral, analytic, first_hitting, or an order in which positions are filled."""
-    positions: tuple[int, ...] | None = None
-    """Positions, counted from 0, in the order in which they are filled; instead of --by."""
-    per_step: int | None = None
-    """With an order: positions filled in each step, instead of --steps."""
-    threshold: float | None = None
-    """With an order: fill all positions that are at least this sure, and one a step; instead of --steps."""
-    block_length: int | None = None
-    """Fill blocks of this many positions one after the other."""
-    temperature: float = 1.0
-    """Divides the log-probabilities; 0 takes the most probable token."""
-    top_k: int | None = None
-    """Draw from the k most probable tokens; after the temperature, before top_p."""
-    top_p: float | None = None
-    """Draw from the smallest set of most probable tokens with this mass."""
-    suppress: tuple[int, ...] = ()
-    """Token ids that are never drawn, beside the mask."""
-    remask: ReMasking | None = None
-    """Take tokens back: as ReMDM (cap, rescale, conf, loop), or the least confident or random ones of each step."""
-    eta: float = 0.02
-    """Strength of ReMDM; the published one is 1 for conf."""
-    guidance: float = 0.0
-    """Strength of classifier-free guidance towards the prompt."""
-    rewrite: Literal["least_confident", "most_confident"] | None = None
-    """Start from random tokens and write positions again and again, per_step at a time, below the threshold."""
     seed: int = 0
     """Key of all draws: the same seed gives the same text."""
     batch_size: int = 16
     """Samples that are denoised together."""
     trajectory: Path | None = None
     """Directory to write every state to, with reveal steps, confidence and entropy."""
+    alternatives: int = 0
+    """Most probable tokens that the trajectory keeps for each position and step; `explore trajectory` shows them."""
+    live: bool = False
+    """Show each step in the terminal as it is taken; space pauses, the arrow keys step, q leaves the view."""
+
+    metrics: bool = False
+    """Print entropy, rep-n and distinct-n of the samples after them."""
+    judge: str | None = None
+    """With metrics: directory of a second model, an MDLM or a causal one; its perplexity of the samples is printed."""
 
     def __post_init__(self) -> None:
+        if self.judge is not None and not self.metrics:
+            raise ConfigError(
+                "a judge's perplexity is printed beside entropy and repetition, or it would mislead; add --metrics"
+            )
         for name in ("n", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -87,107 +64,88 @@ class SampleConfig(ModelChoice):
             raise ConfigError(
                 f"a trajectory is of one batch: n is {self.n}, batch_size {self.batch_size}; raise batch_size"
             )
-        self._refuse_unused()
-        self.sampler()
-
-    def sampler(self) -> Sampler:
-        """The sampler that the options describe."""
-        by = self.remask
-        return Sampler(
-            schedule=self._schedule(),
-            order=self._order(),
-            draw=Draw(
-                temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, suppress=self.suppress
-            ),
-            take_back=TakeBack(by=by) if by == "low_confidence" or by == "random" else None,
-            block_length=self.block_length,
-            guidance=self.guidance,
-        )
-
-    def _order(self) -> Order | None:
-        if self.positions is not None:
-            return self.positions
-        if self.by == "ancestral" or self.by == "analytic" or self.by == "first_hitting":
-            return None
-        return self.by
-
-    def _schedule(self) -> Schedule:
-        steps = 64 if self.steps is None else self.steps
-        if self.rewrite is not None:
-            given = 0.5 if self.threshold is None else self.threshold
-            return Rewrite(version=self.rewrite, steps=steps, per_step=self.per_step or 1, threshold=given)
-        if self._ordered:
-            if self.threshold is not None:
-                return Threshold(probability=self.threshold, of_drawn=self.by == "drawn_confidence")
-            if self.per_step is not None:
-                return Fixed(per_step=self.per_step)
-            return Even(steps=steps)
-        if self.by == "first_hitting":
-            return FirstHitting()
-        if self.by == "analytic":
-            return Ancestral(steps=steps, noise="log_linear", end=1e-5, joint=True)
-        grid = Ancestral(steps=steps)
-        by = self.remask
-        if by is None or by == "low_confidence" or by == "random":
-            return grid
-        return ReMDM(grid=grid, strategy=by, eta=self.eta)
-
-    @property
-    def _ordered(self) -> bool:
-        return self._order() is not None
-
-    def _refuse_unused(self) -> None:
-        """Options that would change nothing are mistakes."""
-        if self.positions is not None and self.by != "ancestral":
+        if self.alternatives < 0 or (self.alternatives and self.trajectory is None):
             raise ConfigError(
-                f"positions are an order of their own, got by {self.by!r} too; give one of them"
+                f"alternatives are kept in a trajectory, at least 0 of them, got {self.alternatives}; name --trajectory"
             )
-        if self.rewrite is not None:
-            if self._ordered or self.by != "ancestral" or self.remask is not None:
-                raise ConfigError("rewrite has an order of its own; leave by, positions and remask out")
-            return
-        needs_order = {"per_step": self.per_step, "threshold": self.threshold}
-        for name, value in needs_order.items():
-            if value is not None and not self._ordered:
-                raise ConfigError(
-                    f"{name} needs an order, got by {self.by!r}; add --by confidence or the like"
-                )
-        if self.remask in ("cap", "rescale", "conf", "loop") and (self._ordered or self.by != "ancestral"):
-            raise ConfigError(
-                f"remask {self.remask} is a kind of ancestral sampling; leave by and positions out"
-            )
-        ways = [name for name in ("steps", "per_step", "threshold") if getattr(self, name) is not None]
-        if len(ways) > 1:
-            raise ConfigError(
-                f"{' and '.join(ways)} both say how many positions a step fills; give one of them"
-            )
-        if self.by == "first_hitting" and self.steps is not None:
-            raise ConfigError("first_hitting fills one position a step; leave steps out")
+        super().__post_init__()
 
 
-def main(argv: list[str]) -> int:
-    """`mdlm-interp sample [PROMPT]`."""
-    config = parse_args(SampleConfig, argv, prog="mdlm-interp sample", positional=("prompt",))
+def main(
+    argv: list[str],
+    *,
+    prog: str = "mdlm-interp sample",
+    config_class: type[SampleConfig] = SampleConfig,
+    parts: Parts | None = None,
+) -> int:
+    """`mdlm-interp sample [CONFIG.yaml] [PROMPT]`; with the oracle's config and parts, `mdlm-interp oracle sample`."""
+    config = parse_args(config_class, argv, prog=prog, positional=("prompt",), config_file=True)
     if config.trajectory is not None:
         refuse_existing(config.trajectory)
     model, tokenizer = config.load()
     length = sequence_length(config.length, 1, model)
     prompt = encode_prompt(model, tokenizer, config.prompt)[0].tolist() if config.prompt else []
     start = start_tokens(model, length, prompt)
+    sampler = config.sampler()
+    drawn_from, arithmetic = (model, None) if parts is None else parts(model, sampler)
+    written: list[list[int]] = []
     for first in range(0, config.n, config.batch_size):
         numbers = range(first, min(first + config.batch_size, config.n))
-        trajectory = sample(
-            model,
-            start.expand(len(numbers), -1),
-            config.sampler(),
-            seed=config.seed,
-            indices=numbers,
-            progress=True,
-        )
+        with _view(config, tokenizer) as watch:
+            trajectory = sample(
+                drawn_from,
+                start.expand(len(numbers), -1),
+                sampler,
+                seed=config.seed,
+                indices=numbers,
+                arithmetic=arithmetic,
+                record=Record(alternatives=config.alternatives),
+                watch=watch,
+                progress=watch is None,
+            )
         for number, row in zip(numbers, trajectory.final.tolist(), strict=True):
             separator = "---\n" if number > 0 else ""
             sys.stdout.write(f"{separator}{tokenizer.decode(row)}\n")
         sys.stdout.flush()
+        written += trajectory.final.tolist()
         if config.trajectory is not None:
             trajectory.save(config.trajectory)
+    if config.metrics:
+        sys.stdout.write("---\n" + "\n".join(_metrics(config, tokenizer, written)) + "\n")
     return 0
+
+
+def _metrics(config: SampleConfig, tokenizer: Tokenizer, samples: list[list[int]]) -> list[str]:
+    """Lines with what the samples look like, and how probable a second model finds them."""
+    from mdlm_interp.evaluation.generation import sample_statistics
+    from mdlm_interp.evaluation.judges import judge_samples
+
+    found = sample_statistics(samples)
+    error = f" +- {found.entropy_error:.4f}" if found.n_samples > 1 else ""
+    lines = [
+        f"{found.n_samples} samples of {len(samples[0])} tokens",
+        f"unigram entropy  {found.entropy:.4f}{error} nats (at most {math.log(len(samples[0])):.4f})",
+        *(f"rep-{n}            {value:.4f}" for n, value in found.rep.items()),
+        *(f"distinct-{n}       {value:.4f}" for n, value in found.distinct.items()),
+    ]
+    if config.judge is not None:
+        texts = [tokenizer.decode(sample) for sample in samples]
+        judged = judge_samples(texts, config.judge, seed=config.seed, device=config.device, progress=True)
+        error = f" +- {judged.standard_error:.4f}" if judged.n_texts > 1 else ""
+        lines += [
+            f"perplexity under {config.judge}  {judged.perplexity:.4g}",
+            f"nats per token   {judged.nats_per_token:.4f}{error}",
+            f"estimator: {judged.estimator}; {judged.n_cut} of {judged.n_texts} texts cut at its context",
+        ]
+    return lines
+
+
+def _view(
+    config: SampleConfig, tokenizer: Tokenizer
+) -> AbstractContextManager[Callable[[Seen], None] | None]:
+    """The live view, if it is wanted; its libraries are loaded only then."""
+    if not config.live:
+        return nullcontext()
+    from mdlm_interp.viewer.player import live_view
+
+    return live_view(tokenizer)

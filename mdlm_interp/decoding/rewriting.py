@@ -2,8 +2,10 @@
 
 Two published versions. "least_confident" (FlowLM) rewrites the positions whose best token is below a threshold, the
 least confident first, and stops when none is left. "most_confident" (the dllm notebook) always writes the most
-confident position. As published both may choose a position that holds its best token already, and then nothing changes
-any more while others wait; so by default positions that hold what was drawn for them are passed over.
+confident position. Published, the threshold is 0.5, and a position where the model is sure of another token than it
+holds keeps what it holds; here it is 1 unless given. As published both may choose a position that holds its best token
+already, and then nothing changes any more while others wait; so by default positions that hold what was drawn for them
+are passed over.
 
 A masked diffusion model is trained to predict at masks only; this is meant for models trained on random tokens.
 
@@ -39,8 +41,8 @@ class Rewrite:
     """At most this many; it ends earlier when there is nothing to write."""
     per_step: int = 1
     """Positions written in a step."""
-    threshold: float = 0.5
-    """least_confident: positions whose best token is at least this probable stay."""
+    threshold: float = 1.0
+    """least_confident: positions whose best token is at least this probable stay as they are; published: 0.5."""
     as_published: bool = False
     """Also write positions that hold the drawn token already."""
 

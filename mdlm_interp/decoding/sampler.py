@@ -235,6 +235,7 @@ class _Run:
         self.committed = torch.where(chosen, measured.drawn, self.committed).masked_fill(taken, torch.nan)
         return Seen(
             number=number,
+            n_steps=self.n_steps,
             t=self.time.clone(),
             before=before,
             after=self.x,

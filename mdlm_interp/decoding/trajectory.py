@@ -187,6 +187,8 @@ class Seen:
 
     number: int
     """Of the step, from 0."""
+    n_steps: int | None
+    """Steps of the whole run at most, where that is known beforehand."""
     t: Float64[Tensor, " batch"]
     """Time at its start."""
     before: Int64[Tensor, "batch pos"]

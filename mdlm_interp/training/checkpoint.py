@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +24,19 @@ from torch import Tensor
 from mdlm_interp.atomic_files import replacing
 from mdlm_interp.config_files import to_mapping
 from mdlm_interp.errors import CheckpointError, OutputExistsError
-from mdlm_interp.tokenizers import Tokenizer
-from mdlm_interp.training.config import TrainLMConfig
-from mdlm_interp.training.data import TokenStreams
+from mdlm_interp.training.config import RunConfig
 
 STATE = "state.safetensors"
 RECORD = "run.json"
 LOG = "log.jsonl"
 LOSS_CURVE = "loss.png"
 
-RESUMABLE_CHANGES = (
-    "steps",
-    "validate_every",
-    "checkpoint_every",
-    "log_every",
-    "validation_sequences",
-    "out",
-    "files",  # may have moved: their content is compared by hash
-    "tokenizer",
-)
-"""Settings that may differ between the run that was stopped and the one that continues it."""
+BEFORE: dict[str, object] = {
+    "recipe": "mdlm",
+    "micro_batch_size": None,
+    "order": "random",
+}
+"""What a run did whose record is older than these settings."""
 
 SHOWN_HASH = 12
 """Digits of a SHA-256 that an error shows."""
@@ -52,13 +44,11 @@ SHOWN_HASH = 12
 Record = dict[str, Any]
 
 
-def run_record(config: TrainLMConfig, tokenizer: Tokenizer, streams: TokenStreams) -> Record:
-    """What a run is made of, as JSON holds it: every setting, and what its text and tokenizer were."""
-    inputs = {
-        "sources": [asdict(source) for source in streams.sources],
-        "tokenizer_sha256": tokenizer.sha256,
-    }
-    return {"config": to_mapping(config), "inputs": inputs}
+def run_record(config: RunConfig, inputs: Mapping[str, Any]) -> Record:
+    """What a run is made of, as JSON holds it: every setting, and what its text, tokenizer, ... were."""
+    # Tuples and paths become what they are after a way through JSON.
+    record: Record = json.loads(json.dumps({"config": to_mapping(config), "inputs": dict(inputs)}))
+    return {**record, "resumable": list(config.RESUMABLE)}
 
 
 def refuse_foreign(directory: Path) -> None:
@@ -139,34 +129,45 @@ def saved_step(directory: Path) -> int | None:
 
 def refuse_another(saved: Record, wanted: Record, directory: Path) -> None:
     """Raise CheckpointError unless the record saved in the directory and the one wanted are of one run."""
-    # Tuples and paths become what they are after a way through JSON.
-    settings = json.loads(json.dumps(wanted["config"]))
-    for name, value in settings.items():
-        if name not in RESUMABLE_CHANGES and saved["config"].get(name) != value:
+    settings = wanted["config"]
+    before = {name: value for name, value in BEFORE.items() if name in settings} | saved["config"]
+    for name in dict.fromkeys([*settings, *before]):
+        if name not in wanted["resumable"] and before.get(name) != settings.get(name):
             raise CheckpointError(
-                f"{directory} holds a run that was trained with {name} = {saved['config'].get(name)!r}, "
-                f"the run asks for {value!r}; restore the setting or choose another out directory"
+                f"{directory} holds a run that was trained with {name} = {before.get(name)!r}, "
+                f"the run asks for {settings.get(name)!r}; restore the setting or choose another out directory"
             )
-    before, after = saved["inputs"], wanted["inputs"]
-    remedy = "restore it or choose another out directory"
-    files = settings["files"]
-    if len(before["sources"]) != len(files):
+    _refuse_other_text(saved["inputs"], wanted, directory)
+    for key, now in wanted["inputs"].items():
+        was = saved["inputs"].get(key)
+        if key != "sources" and was != now:
+            name = key.removesuffix("_sha256")
+            digest = "SHA-256 " if key.endswith("_sha256") else ""
+            raise CheckpointError(
+                f"{name} {settings.get(name, '')} is not what the run in {directory} was trained with: it has "
+                f"{digest}{_short(now)}, that had {_short(was)}; restore it or choose another out directory"
+            )
+
+
+def _refuse_other_text(before: Record, wanted: Record, directory: Path) -> None:
+    sources, files = wanted["inputs"].get("sources", []), wanted["config"].get("files", [])
+    if len(before.get("sources", [])) != len(sources):
         raise CheckpointError(
-            f"{directory} holds a run that was trained on {len(before['sources'])} text files, the run names "
-            f"{len(files)}; name the same ones or choose another out directory"
+            f"{directory} holds a run that was trained on {len(before.get('sources', []))} text files, the run "
+            f"names {len(sources)}; name the same ones or choose another out directory"
         )
-    for file, was, now in zip(files, before["sources"], after["sources"], strict=True):
+    named = files if len(files) == len(sources) else [source["file"] for source in sources]
+    for file, was, now in zip(named, before.get("sources", []), sources, strict=True):
         if (was["bytes"], was["sha256"]) != (now["bytes"], now["sha256"]):
             raise CheckpointError(
                 f"text file {file} is not what the run in {directory} was trained on: it has {_content(now)}, "
-                f"{was['file']} had {_content(was)}; {remedy}"
+                f"{was['file']} had {_content(was)}; restore it or choose another out directory"
             )
-    if before["tokenizer_sha256"] != after["tokenizer_sha256"]:
-        raise CheckpointError(
-            f"tokenizer {settings['tokenizer']} is not what the run in {directory} was trained with: it has "
-            f"SHA-256 {after['tokenizer_sha256'][:SHOWN_HASH]}..., that had "
-            f"{before['tokenizer_sha256'][:SHOWN_HASH]}...; {remedy}"
-        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:SHOWN_HASH]}..." if len(text) > SHOWN_HASH else text
 
 
 def _content(source: Mapping[str, Any]) -> str:

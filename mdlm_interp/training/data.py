@@ -1,9 +1,9 @@
 """Training text as one stream of tokens, and batches as a pure function of (seed, step).
 
 Documents are split into training and held-out ones by the hash of their text, so equal documents never
-stand on both sides and adding files moves nobody. Training sequences are windows of the stream at random
-offsets; validation sequences are its consecutive blocks, with end-of-texts around them where training's
-have them.
+stand on both sides and adding files moves nobody. Training sequences are windows of the stream, at random
+offsets or packed (`sampling.py`); validation sequences are its consecutive blocks, with end-of-texts around
+them where training's have them. The stream may be in memory or in mapped files (`token_cache.py`).
 """
 
 # Axes: batch, pos
@@ -21,12 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdlm_interp.checkpoints import sha256_of
-from mdlm_interp.documents import expand_files, read_texts
+from mdlm_interp.documents import Document, expand_files, read_documents
 from mdlm_interp.errors import DataError
-from mdlm_interp.randomness import uniforms
 from mdlm_interp.shapes import Int64
 from mdlm_interp.tokenizers import Tokenizer
-from mdlm_interp.training.config import SHORTEST
 
 ENCODE_DOCUMENTS = 256
 """Documents given to the tokenizer at once."""
@@ -64,6 +62,34 @@ class TokenStreams:
     """The files, in the order given."""
 
 
+@dataclass(frozen=True)
+class EncodedDocument:
+    """The ids of one document, ended by <|endoftext|>, and its side."""
+
+    ids: NDArray[np.uint16]
+    held_out: bool
+    bytes: int
+    """Bytes of UTF-8 in its text."""
+
+
+def encoded_documents(
+    files: Sequence[Path], tokenizer: Tokenizer, held_out_share: float
+) -> Iterator[EncodedDocument]:
+    """Tokenise the files' documents; a held-out one that repeats is passed over.
+
+    In a file of token ids (.bin) a document's side is that of the text that its ids stand for.
+    """
+    seen: set[bytes] = set()
+    for documents in _batches(read_documents(files, tokenizer)):
+        for text, ids in _encoded(documents, tokenizer):
+            held_out = is_held_out(text, held_out_share)
+            digest = hashlib.sha256(text.encode()).digest()
+            if held_out and digest in seen:
+                continue
+            seen.add(digest)
+            yield EncodedDocument(np.array([*ids, tokenizer.eos_id], np.uint16), held_out, len(text.encode()))
+
+
 def read_streams(files: Sequence[Path], tokenizer: Tokenizer, held_out_share: float) -> TokenStreams:
     """Tokenise the files and split them by document; a repeated file repeats in training only.
 
@@ -73,23 +99,20 @@ def read_streams(files: Sequence[Path], tokenizer: Tokenizer, held_out_share: fl
     files = expand_files(files)
     parts: dict[bool, list[NDArray[np.uint16]]] = {True: [], False: []}
     sizes = {True: 0, False: 0}
-    seen: set[bytes] = set()
-    for texts in _batches(read_texts(files)):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            held_out = is_held_out(text, held_out_share)
-            digest = hashlib.sha256(text.encode()).digest()
-            if held_out and digest in seen:
-                continue
-            seen.add(digest)
-            parts[held_out].append(np.array([*ids, tokenizer.eos_id], np.uint16))
-            sizes[held_out] += len(text.encode())
-    for held_out, name in ((False, "training"), (True, "held-out")):
-        if not parts[held_out]:
-            raise DataError(
-                f"no document fell on the {name} side; give more documents or change held_out_share"
-            )
+    for document in encoded_documents(files, tokenizer, held_out_share):
+        parts[document.held_out].append(document.ids)
+        sizes[document.held_out] += document.bytes
+    for held_out in (False, True):
+        refuse_empty_side(len(parts[held_out]), held_out)
     train, held = np.concatenate(parts[False]), np.concatenate(parts[True])
     return TokenStreams(train, held, sizes[False], sizes[True], text_sources(files))
+
+
+def refuse_empty_side(documents: int, held_out: bool) -> None:
+    """Raise DataError if no document is on a side."""
+    if not documents:
+        name = "held-out" if held_out else "training"
+        raise DataError(f"no document fell on the {name} side; give more documents or change held_out_share")
 
 
 def text_sources(files: Sequence[Path]) -> tuple[TextSource, ...]:
@@ -108,57 +131,26 @@ def text_sources(files: Sequence[Path]) -> tuple[TextSource, ...]:
     return tuple(known[file] for file in files)
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
+def _encoded(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, Sequence[int]]]:
+    """Text and ids of each document, those of text tokenised at once."""
+    coded = iter(tokenizer.encode_batch([document.text for document in documents if document.ids is None]))
+    for document in documents:
+        if document.ids is None:
+            yield document.text, next(coded)
+        else:
+            ids = document.ids.tolist()
+            yield tokenizer.decode(ids), ids
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    for document in documents:
+        batch.append(document)
         if len(batch) == ENCODE_DOCUMENTS:
             yield batch
             batch = []
     if batch:
         yield batch
-
-
-@dataclass(frozen=True)
-class WindowSampler:
-    """Random windows of a token stream; batch `step` is a pure function of (seed, step)."""
-
-    stream: NDArray[np.uint16]
-    length: int
-    batch_size: int
-    eos_id: int
-    seed: int
-    wrap_share: float
-    short_share: float
-
-    def __post_init__(self) -> None:
-        if len(self.stream) < self.length:
-            raise DataError(
-                f"the training text has {len(self.stream)} tokens, fewer than one window of {self.length}"
-            )
-
-    def indices(self, step: int) -> range:
-        """Numbers of the sequences of a step."""
-        return range(step * self.batch_size, (step + 1) * self.batch_size)
-
-    def batch(self, step: int) -> Int64[Tensor, "batch pos"]:
-        """Token ids of a step's sequences."""
-        length = self.length
-        is_short, where = uniforms(self.seed, "length", step, 2)
-        if is_short < self.short_share and length > SHORTEST:
-            shorter = [size for k in range(16) if (size := SHORTEST << k) < length]
-            length = shorter[int(where * len(shorter))]
-        rows = [self._window(index, length) for index in self.indices(step)]
-        return torch.from_numpy(np.stack(rows))
-
-    def _window(self, index: int, length: int) -> NDArray[np.int64]:
-        where, wrapped = uniforms(self.seed, "window", index, 2)
-        if wrapped >= self.wrap_share:
-            start = int(where * (len(self.stream) - length + 1))
-            return self.stream[start : start + length].astype(np.int64)
-        start = int(where * (len(self.stream) - length + 3))
-        inner = self.stream[start : start + length - 2].astype(np.int64)
-        return np.concatenate([[self.eos_id], inner, [self.eos_id]])
 
 
 def consecutive_blocks(

@@ -8,8 +8,12 @@ from pathlib import Path
 from mdlm_interp.atomic_files import replacing
 
 
-def plot_losses(log: Path, picture: Path) -> None:
-    """Draw training loss and held-out bound, in each form measured, over steps from a log of JSON lines."""
+def plot_losses(log: Path, picture: Path, quantity: str) -> None:
+    """Draw the training loss and each curve of held-out figures over steps, from a log of JSON lines.
+
+    Args:
+        quantity: What is drawn, with its unit.
+    """
     from matplotlib.figure import Figure
 
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -31,11 +35,15 @@ def plot_losses(log: Path, picture: Path) -> None:
             color=f"C{number}",
             marker="o",
             markersize=3,
-            label=f"held-out text, {form} sequences, averaged weights",
+            label=f"held out, {form}, averaged weights",
         )
+    for entry in entries:
+        if "ideal_loss_nats" in entry:
+            label = f"{entry['compressor']}'s code length of the training text (no bound)"
+            axes.axhline(entry["ideal_loss_nats"], color="0.4", linestyle=":", label=label)
     axes.set(
         xlabel="optimiser step",
-        ylabel="bound on the NLL (nats per token)",
+        ylabel=quantity,
         title="Training a masked diffusion LM",
     )
     axes.legend(frameon=False)

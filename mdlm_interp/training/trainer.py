@@ -1,121 +1,98 @@
-"""A plain training loop for the MDLM objective.
+"""One plain training loop for every recipe.
 
-step = one batch: windows of the stream, low-discrepancy times, independent masking, the 1/t-weighted
-cross-entropy at masked positions, AdamW with warm-up and clipping, and an average of the weights. Each
-batch is a pure function of (seed, step); a resumed run has the bits of an uninterrupted one.
+step = one window of the recipe's rows, in pieces if asked: forward under autocast, the recipe's loss, backward;
+then clipping, AdamW at the step's learning rate, and an average of the weights. A window is a pure function of
+(seed, step), so a resumed run has the bits of an uninterrupted one.
+
+The gradient of a window is that of its summed losses divided by its weight, whatever the pieces: dividing each
+piece's mean by the number of pieces, as is common, gives a smaller last piece's rows too much say.
 
 Source:
     Sahoo et al. 2024, arXiv:2406.07524, section 5 and appendix C; kuleshov-group/mdlm, configs.
 """
 
-# Axes: batch, pos
+# Axes: row (sequence of a window)
 
 from __future__ import annotations
 
-import json
-import math
-import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from mdlm_interp.arithmetic import NativeArithmetic
-from mdlm_interp.atomic_files import replacing, write_errors
-from mdlm_interp.diffusion import LogLinearSchedule, corrupt, nelbo_per_token, stratified_times
-from mdlm_interp.errors import CheckpointError, DataError
-from mdlm_interp.evaluation import Nelbo, nelbo
-from mdlm_interp.interrupts import deferred_interrupts
-from mdlm_interp.model import HookedMDLM
-from mdlm_interp.randomness import random_bits, uniforms
-from mdlm_interp.shapes import Float, Int64
-from mdlm_interp.tokenizers import Tokenizer
+from mdlm_interp.errors import CheckpointError
+from mdlm_interp.randomness import random_bits
 from mdlm_interp.training.checkpoint import (
-    LOG,
-    open_run,
     optimiser_tensors,
     restore_optimiser,
     run_record,
-    save_state,
 )
-from mdlm_interp.training.config import Form, TrainLMConfig
-from mdlm_interp.training.data import TokenStreams, WindowSampler, consecutive_blocks
+from mdlm_interp.training.config import RunConfig
+from mdlm_interp.training.loop import run_to_end
+from mdlm_interp.training.recipes import Batch, LogEntry, Recipe, recipe_of
 
-VALIDATION_SEED = 1
+Step = tuple[float, float]
+"""The loss of a step and its gradient's norm before clipping."""
 
 
 class Trainer:
-    """One run: the weights, their average, the optimiser and the step they are at."""
+    """One run: the weights, their average, the optimiser and the step they are at.
 
-    def __init__(self, config: TrainLMConfig, tokenizer: Tokenizer, streams: TokenStreams) -> None:
-        if tokenizer.vocab_size != config.model.vocab_size:
-            raise DataError(
-                f"the tokenizer has {tokenizer.vocab_size} ids and model.vocab_size is "
-                f"{config.model.vocab_size}; they must be equal"
-            )
+    Args:
+        config: The run's settings, of the class that belongs to a recipe.
+        inputs: What that recipe's `read` returns.
+    """
+
+    def __init__(self, config: RunConfig, *inputs: Any) -> None:
         self.config = config
-        self.record = run_record(config, tokenizer, streams)
-        self.model = HookedMDLM(config.model, NativeArithmetic(fused_attention=False), config.seed).train()
-        # Batches come in few lengths, so each is compiled for itself.
-        self._network = torch.compile(self.model, dynamic=False) if config.compile else self.model
-        self.average = HookedMDLM(config.model, seed=config.seed).eval().requires_grad_(False)
-        named = list(self.model.named_parameters())
-        matrices = [(name, p) for name, p in named if p.dim() == 2 and "embed" not in name]
-        others = [(name, p) for name, p in named if p.dim() != 2 or "embed" in name]
-        self.parameter_names = [name for name, _ in [*matrices, *others]]
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": [p for _, p in matrices], "weight_decay": config.weight_decay},
-                {"params": [p for _, p in others], "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            fused=True,
+        self.recipe: Recipe = recipe_of(config)(config, *inputs)
+        self.record = run_record(config, self.recipe.inputs())
+        self.model = self.recipe.build().train()
+        # Batches come in few shapes, so each is compiled for itself.
+        self._compiled: Callable[..., Any] = (
+            torch.compile(self.model, dynamic=False) if config.compile else self.model
         )
-        self.sampler = WindowSampler(
-            stream=streams.train,
-            length=config.model.model_length,
-            batch_size=config.batch_size,
-            eos_id=tokenizer.eos_id,
-            seed=config.seed,
-            wrap_share=config.wrap_share,
-            short_share=config.short_share,
-        )
+        self.average = self.recipe.averaged(self.model)
+        self.parameter_names, self.optimiser = _optimiser(self.recipe, self.model)
         self.tokens = 0
         """Tokens that this object was trained on; a continued run counts from where it continues."""
-        self.held_out = held_out_blocks(config, tokenizer, streams, config.validation_sequences)
         self.step_number = 0
 
-    def step(self) -> tuple[float, float]:
-        """One optimiser step; returns the loss in nats per token and the gradient's norm before clipping."""
+    def step(self) -> Step:
+        """One optimiser step."""
         config, number = self.config, self.step_number
-        x_0 = self.sampler.batch(number)
-        t = stratified_times(torch.from_numpy(uniforms(config.seed, "train:t", number, config.batch_size)))
-        x_t = corrupt(
-            x_0,
-            LogLinearSchedule().move_chance(t),
-            config.model.mask_id,
-            seed=config.seed,
-            indices=self.sampler.indices(number),
-        )
+        window = self.recipe.batch(number)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate(number)
-        loss = self._loss(x_0, x_t, t)
-        self._refuse_diverged("loss", loss.detach())
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self.accumulate(window)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         # Before the weights take it up: a checkpoint of weights that are not finite could not be continued.
         self._refuse_diverged("gradient's norm", norm)
         self.optimiser.step()
         self.step_number += 1
-        self.tokens += x_0.numel()
+        self.tokens += self.recipe.tokens(window)
         self._update_average()
-        return float(loss.detach()), float(norm)
+        return float(loss), float(norm)
+
+    def accumulate(self, window: Batch) -> Tensor:
+        """Add the window's gradient to the parameters'; returns its loss."""
+        weight = self.recipe.weight(window)
+        if not weight > 0.0:
+            raise CheckpointError(
+                f"the window of step {self.step_number} has weight {weight}, so its loss has no mean; "
+                f"give more data or a larger batch_size"
+            )
+        total: Tensor | None = None
+        for number, piece in enumerate(pieces(window, self.config.micro_batch_size)):
+            loss = self.recipe.loss_sum(self._network(number), piece, self.step_number) / weight
+            self._refuse_diverged("loss", loss.detach())
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None  # a window with weight has rows
+        return total
 
     def _refuse_diverged(self, what: str, value: Tensor) -> None:
         if not bool(value.isfinite()):
@@ -125,16 +102,18 @@ class Trainer:
                 f"{self.config.seed})"
             )
 
-    def _loss(
-        self, x_0: Int64[Tensor, "batch pos"], x_t: Int64[Tensor, "batch pos"], t: Float[Tensor, " batch"]
-    ) -> Float[Tensor, ""]:
-        sigma = LogLinearSchedule().sigma(t).float()
-        with _dropout_noise(self.config, self.step_number):
-            # Autocast touches matrix products only; the loss is computed in float32.
+    def _network(self, piece: int) -> Callable[..., Any]:
+        """The module as a recipe's loss calls it: compiled, under autocast, with this piece's dropout noise."""
+
+        def network(*arguments: Any, **keywords: Any) -> Any:
             enabled = self.config.precision == "bfloat16"
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                logits = self._network(x_t, sigma)
-        return nelbo_per_token(logits, x_0, x_t, t, self.config.model.mask_id).mean()
+            with (
+                _dropout_noise(self.config.seed, self.step_number, piece),
+                torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+            ):
+                return self._compiled(*arguments, **keywords)
+
+        return network
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -143,12 +122,9 @@ class Trainer:
         currents: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averages, currents, 1.0 - decay)
 
-    def validate(self) -> dict[Form, Nelbo]:
-        """The averaged weights' bound on held-out text in each form, always at the same times and masks."""
-        return {
-            form: nelbo(self.average, blocks, seed=VALIDATION_SEED, times_per_sequence=2, batch_size=64)
-            for form, blocks in self.held_out.items()
-        }
+    def validate(self) -> list[LogEntry]:
+        """The averaged weights on held-out data: what the log says of them."""
+        return list(self.recipe.validate(self.average))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a continued run needs."""
@@ -166,111 +142,50 @@ class Trainer:
         self.step_number = step_number
 
 
-def held_out_blocks(
-    config: TrainLMConfig, tokenizer: Tokenizer, streams: TokenStreams, limit: int | None = None
-) -> dict[Form, Int64[Tensor, "batch pos"]]:
-    """Held-out sequences in the forms that the config trains."""
-    return {
-        form: consecutive_blocks(
-            streams.held_out,
-            config.model.model_length,
-            limit,
-            wrap_with=tokenizer.eos_id if form == "wrapped" else None,
-        )
-        for form in config.forms
-    }
-
-
-@contextmanager
-def _dropout_noise(config: TrainLMConfig, step: int) -> Iterator[None]:
-    """Dropout draws from torch's global generator: key it by (seed, step) and put it back."""
-    if config.model.dropout == 0.0:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(random_bits(config.seed, "dropout", step, 1)[0] >> 1))
-        yield
-
-
-def train(
-    config: TrainLMConfig, tokenizer: Tokenizer, streams: TokenStreams, *, progress: bool = False
-) -> Trainer:
+def train(config: RunConfig, *inputs: Any, progress: bool = False) -> Trainer:
     """Run to config.steps, continuing the run found in config.out.
 
+    Args:
+        inputs: What the recipe's `read` returns.
+        progress: Show a bar on a terminal.
     Raises:
         CheckpointError: If config.out holds a run with other settings or text, or the loss is not finite.
         OutputExistsError: If config.out holds files of another origin that would be lost.
         WriteError: If the disk is full, read-only or failing; the last checkpoint stays.
         KeyboardInterrupt: After saving a checkpoint, on Ctrl-C or SIGTERM between two steps.
     """
-    trainer = Trainer(config, tokenizer, streams)
-    saved = open_run(config.out, trainer.record)
-    if saved is not None:
-        trainer.restore(*saved)
-        if progress:
-            sys.stderr.write(f"{config.out}: continuing from step {trainer.step_number} of {config.steps}\n")
-    _trim_log(config.out / LOG, trainer.step_number)
-    _loop(trainer, progress)
+    trainer = Trainer(config, *inputs)
+    run_to_end(trainer, progress)
     return trainer
 
 
-def _loop(trainer: Trainer, progress: bool) -> None:
-    config, log = trainer.config, trainer.config.out / LOG
-    hidden = None if progress else True
-    losses: list[float] = []
-    since, counted = time.perf_counter(), 0
-    with (
-        deferred_interrupts() as interrupted,
-        tqdm(
-            total=config.steps, initial=trainer.step_number, desc="train", unit="step", disable=hidden
-        ) as bar,
-    ):
-        while trainer.step_number < config.steps:
-            loss, norm = trainer.step()
-            losses.append(loss)
-            bar.update()
-            number, last = trainer.step_number, trainer.step_number == config.steps
-            if number % config.log_every == 0 or last:
-                mean = sum(losses) / len(losses)
-                rate = (trainer.tokens - counted) / (time.perf_counter() - since)
-                lr = config.learning_rate(number - 1)
-                entry = {"step": number, "loss_nats": mean, "grad_norm": norm, "lr": lr}
-                _append(log, {**entry, "tokens_per_s": round(rate)})
-                bar.set_postfix(loss=f"{mean:.3f}", tok_s=f"{rate:,.0f}")
-                losses, since, counted = [], time.perf_counter(), trainer.tokens
-            if number % config.validate_every == 0 or last:
-                for form, bound in trainer.validate().items():
-                    error = finite(bound.standard_error)
-                    measured = {"form": form, "held_out_nats": bound.nats_per_token, "error": error}
-                    _append(log, {"step": number, **measured})
-                since, counted = time.perf_counter(), trainer.tokens
-            stop = interrupted()
-            if number % config.checkpoint_every == 0 or last or stop:
-                save_state(config.out, number, trainer.record, trainer.tensors())
-            if stop:
-                break
-        if interrupted():
-            raise KeyboardInterrupt
-
-
-def finite(value: float) -> float | None:
-    """The value as JSON can hold it: a mean over nothing is null."""
-    return value if math.isfinite(value) else None
-
-
-def _append(log: Path, entry: Mapping[str, int | float | str | None]) -> None:
-    with write_errors(log), log.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(entry, allow_nan=False) + "\n")
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drop the lines that an interrupted run wrote after its last checkpoint; they will be written again."""
-    if not path.exists():
+def pieces(window: Batch, rows: int | None) -> Iterator[Batch]:
+    """A window cut along its rows, the last piece perhaps smaller; the window itself if rows is None."""
+    if rows is None:
+        yield window
         return
-    text = path.read_text(encoding="utf-8")
-    # A line that a full disk or a kill cut off has no closing brace.
-    lines = [line for line in text.splitlines() if line.endswith("}")]
-    kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
-    if kept != text:
-        with replacing(path) as partial:
-            partial.write_text(kept, encoding="utf-8")
+    for start in range(0, len(next(iter(window.values()))), rows):
+        yield {name: tensor[start : start + rows] for name, tensor in window.items()}
+
+
+def _optimiser(recipe: Recipe, model: nn.Module) -> tuple[list[str], torch.optim.AdamW]:
+    """AdamW with weight decay where the recipe wants it, and its parameters' names in its order."""
+    config = recipe.config
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [(name, p) for name, p in named if recipe.decays(name, p)]
+    others = [(name, p) for name, p in named if not recipe.decays(name, p)]
+    groups = [
+        {"params": [p for _, p in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in others], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return [name for name, _ in [*decayed, *others]], optimiser
+
+
+@contextmanager
+def _dropout_noise(seed: int, step: int, piece: int) -> Iterator[None]:
+    """Dropout draws from torch's global generator: key it by (seed, step, piece) and put it back."""
+    stream = "dropout" if piece == 0 else f"dropout:{piece}"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_bits(seed, stream, step, 1)[0] >> 1))
+        yield

@@ -35,6 +35,7 @@ from capture.begin import begin
 from capture.forward import Forward
 from capture.places import Directory
 from capture.plan import Batch, PlannedSequence
+from capture.row_pool import RowPool
 from capture.run import batch_rows
 from capture.writer import StoreWriter
 from mdlm_interp.__main__ import wait_politely
@@ -128,12 +129,15 @@ def capture_seconds(model: HookedMDLM, hooks: list[str], case: Case, out: Path) 
     attributes = {"config": {"arithmetic": "exact"}, "provenance": {}}
     manifest = begin(place, layout, attributes, case.batches * case.batch * case.length, 0, 1)
     forward = Forward(model, hooks, together=True)
+    pool = RowPool(forward.shapes)
     work = list(planned(case))
     place.commits.clear()
     start = time.perf_counter()
     writer = StoreWriter(place, layout, manifest)
     for batch in work:
-        writer.append(batch_rows(batch, forward(batch, check=False), case.config.vocab_size - 1))
+        acts, release = pool.take(batch.stop - batch.start)
+        forward(batch, check=False, out=acts)
+        writer.append(batch_rows(batch, acts, case.config.vocab_size - 1, release))
     writer.close()
     return time.perf_counter() - start, place.commits
 

@@ -33,7 +33,7 @@ class Given:
     def __init__(self, batch: Batch) -> None:
         self.given = batch
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, own: range | None = None) -> Batch:
         """That batch."""
         return self.given
 

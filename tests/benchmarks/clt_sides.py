@@ -77,7 +77,7 @@ def ours(settings: Settings) -> Side:
     given: list[Batch] = []
 
     class Given:
-        def batch(self, step: int) -> Batch:
+        def batch(self, step: int, own: range | None = None) -> Batch:
             return given[-1]
 
         def cursor(self, step: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from capture.checks import additions, check_additions
 from capture.writer import stored
 from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import StoreError
+from mdlm_interp.hooks import HookPoint
 
 STREAM = tuple(
     f"blocks.*.hook_{name}" for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -33,29 +34,24 @@ def test_the_sums_of_both_blocks_are_checked(config):
                 check_additions(wrong)
 
 
+def change(monkeypatch, name, function):
+    """Let a hook point give something else, to all that listen and to the model."""
+    original = HookPoint.__call__
+    monkeypatch.setattr(
+        HookPoint,
+        "__call__",
+        lambda self, tensor: original(self, function(tensor) if self.name == name else tensor),
+    )
+
+
 def test_a_capture_looks_at_the_sums_though_it_records_none_of_them(config, monkeypatch):
-    original = HookedMDLM.run_with_cache
-
-    def edited(self, *args, **kwargs):
-        output, cache = original(self, *args, **kwargs)
-        name = "blocks.1.hook_resid_mid"
-        if name in cache:
-            dict.__setitem__(cache._tensors, name, cache[name] + 1)
-        return output, cache
-
-    monkeypatch.setattr(HookedMDLM, "run_with_cache", edited)
+    change(monkeypatch, "blocks.1.hook_resid_mid", lambda acts: acts + 1)
     with pytest.raises(StoreError, match=r"blocks\.1\.hook_resid_mid must be blocks\.1\.hook_resid_pre \+"):
         run_capture(replace(config, hooks=("blocks.1.mlp.hook_in",)))
 
 
 def test_activations_too_large_for_float16_are_refused_and_nothing_is_committed(config, monkeypatch):
-    original = HookedMDLM.run_with_cache
-
-    def louder(self, *args, **kwargs):
-        output, cache = original(self, *args, **kwargs)
-        return output, {name: values * 1e7 for name, values in cache.items()}
-
-    monkeypatch.setattr(HookedMDLM, "run_with_cache", louder)
+    change(monkeypatch, "hook_embed", lambda acts: acts * 1e7)
     with pytest.raises(
         StoreError, match=r"and float16 ends at 65504; capture with --dtype bfloat16 or float32"
     ):
@@ -86,13 +82,7 @@ def test_a_finite_value_beyond_the_type_is_refused_and_an_infinite_one_is_kept(d
 
 
 def test_activations_too_large_for_bfloat16_are_refused_and_nothing_is_committed(config, monkeypatch):
-    original = HookedMDLM.run_with_cache
-
-    def louder(self, *args, **kwargs):
-        output, cache = original(self, *args, **kwargs)
-        return output, {name: torch.full_like(values, 3.4e38) for name, values in cache.items()}
-
-    monkeypatch.setattr(HookedMDLM, "run_with_cache", louder)
+    change(monkeypatch, "hook_embed", lambda acts: torch.full_like(acts, 3.4e38))
     for dtype in ("bfloat16", "float16"):
         changed = replace(config, hooks=("hook_embed",), dtype=dtype, out=f"{config.out}-{dtype}")
         with pytest.raises(
@@ -104,15 +94,12 @@ def test_activations_too_large_for_bfloat16_are_refused_and_nothing_is_committed
 
 
 def test_infinite_and_undefined_activations_are_counted(config, monkeypatch):
-    original = HookedMDLM.run_with_cache
-
-    def broken(self, *args, **kwargs):
-        output, cache = original(self, *args, **kwargs)
-        values = cache["hook_embed"].clone()
+    def broken(acts):
+        values = acts.clone()
         values[0, 3, 4], values[0, 3, 5] = torch.inf, torch.nan
-        return output, {"hook_embed": values}
+        return values
 
-    monkeypatch.setattr(HookedMDLM, "run_with_cache", broken)
+    change(monkeypatch, "hook_embed", broken)
     store = run_capture(replace(config, hooks=("hook_embed",)))
     # Two batches of 16 and 5 sequences.
     assert [shard.not_finite for shard in store.manifest.shards] == [4]

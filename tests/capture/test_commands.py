@@ -104,13 +104,13 @@ def test_verify_of_a_damaged_store_is_one_line(config, capsys):
 def interrupted(config: CaptureConfig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Arguments of a capture whose second batch is interrupted, after a shard was committed."""
 
-    def interrupt(self, batch, *, check):
+    def interrupt(self, batch, **options):
         if batch.start:
             # The commit is made by other threads, and what still waits for them would be dropped.
             while not len(open_store(config.out)):
                 time.sleep(0.01)
             raise KeyboardInterrupt
-        return forward(self, batch, check=check)
+        return forward(self, batch, **options)
 
     forward = capture.forward.Forward.__call__
     monkeypatch.setattr(capture.forward.Forward, "__call__", interrupt)

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from capture import ActivationStore, CaptureConfig, open_store, run_capture
+from capture.drafts import PARTIAL
 from capture.manifest import from_bytes, rank_manifest
-from capture.places import PARTIAL, Directory
+from capture.places import Directory
 from capture.verify import verify_store
 from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import ConfigError, OutputExistsError, StoreError

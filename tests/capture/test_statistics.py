@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capture import run_capture
+from capture import run_capture, statistics
 from capture.statistics import RunningMoments, Strata
 
 
@@ -74,3 +74,32 @@ def test_stored_statistics_are_those_of_the_stored_rows(config, small_shards, si
                     exact = acts[rows].double()
                     assert np.allclose(found.mean[masked, t_bin], exact.mean(0), rtol=0, atol=1e-12)
                     assert np.allclose(found.mean_square[masked, t_bin], exact.square().mean(), rtol=1e-12)
+
+
+@given(
+    st.lists(st.integers(1, 40) | st.integers(250, 1500), min_size=1, max_size=6),
+    st.integers(1, 70),
+    st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None)  # the first call compiles
+def test_compiled_sums_have_the_bits_of_the_plain_ones(lengths, size, seed):
+    generator = np.random.default_rng(seed)
+    total = sum(lengths)
+    values = 100 + generator.normal(size=(total, size)) * 10.0 ** generator.integers(-30, 15, (total, 1))
+    seq = np.repeat(np.arange(len(lengths)), lengths)
+    strata = Strata.of(generator.random(total) < 0.5, generator.random(len(lengths))[seq], seq)
+    rows = values.astype(np.float32)
+    plain, fast = ((np.ones((20, size)), np.zeros((len(strata.runs), size))) for _ in range(2))
+    statistics.add_runs(rows, strata.order, strata.runs, *plain)
+    pytest.importorskip("capture.moment_loops").add_runs(rows, strata.order, strata.runs, *fast)
+    for one, other in zip(plain, fast, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_without_numba_the_plain_sums_are_taken(monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    called = []
+    monkeypatch.setattr(statistics, "add_runs", lambda *arguments: called.append(len(arguments)))
+    moments = RunningMoments((1,))
+    moments.add(np.ones((3, 1), np.float32), Strata.of(np.ones(3, bool), np.zeros(3), np.arange(3)))
+    assert called == [5]

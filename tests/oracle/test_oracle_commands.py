@@ -143,7 +143,7 @@ def test_fingerprint_prints_one_hash_and_on_request_all(capsys):
         ),
         (["verify", "--device", "meta"], "which keeps shapes and no numbers"),
         (["sample", "a", "--n", "0"], "n must be at least 1, got 0"),
-        (["sample", "a", "--length", "0"], "length must be in [1, 128], the model's context, got 0"),
+        (["sample", "a", "--length", "0"], "[1, 128], the model's context, or none for all of it; got 0"),
         (["sample", "a b c d e f", "--length", "2"], "tokens, a sample 2; raise length"),
         (["sample", "a", "--length", "4", "--steps", "0"], "steps must be at least 1, got 0"),
         (

@@ -108,28 +108,34 @@ def clt(store: ActivationStore) -> CrossLayerTranscoder:
     return transcoder
 
 
-@pytest.fixture
-def run_config(store: ActivationStore, tmp_path: Path) -> CLTRunConfig:
+@pytest.fixture(scope="session")
+def short_settings() -> TrainConfig:
     """Twelve steps of fifty rows, windows of two chunks, and features that die young."""
+    return TrainConfig(
+        steps=12,
+        batch_size=50,
+        lr=5e-3,
+        warmup_steps=2,
+        dead_after_tokens=50,
+        auxk=5,
+        window_chunks=2,
+        log_every=3,
+        checkpoint_every=5,
+        plots=False,
+        seed=6,
+    )
+
+
+@pytest.fixture
+def run_config(store: ActivationStore, short_settings: TrainConfig, tmp_path: Path) -> CLTRunConfig:
+    """A run with these settings."""
     return CLTRunConfig(
         store=store.path,
         out=tmp_path / "clt",
         n_features=64,
         k=2,
         held_out_fraction=0.2,
-        train=TrainConfig(
-            steps=12,
-            batch_size=50,
-            lr=5e-3,
-            warmup_steps=2,
-            dead_after_tokens=50,
-            auxk=5,
-            window_chunks=2,
-            log_every=3,
-            checkpoint_every=5,
-            plots=False,
-            seed=6,
-        ),
+        train=short_settings,
     )
 
 

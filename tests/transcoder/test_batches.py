@@ -149,3 +149,44 @@ def test_a_missing_hook_is_named_with_what_to_capture(store):
         StoreError, match=r"capture 'blocks.{layer}.mlp.hook_in' and 'blocks.{layer}.hook_out'"
     ):
         infer_shape(store, "blocks.{layer}.mlp.hook_in", "blocks.{layer}.hook_out")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"t_bins": 2, "window_chunks": 4}, {"select": "masked", "batch_size": 20}]
+)
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_parts_of_a_batch_are_what_the_whole_has_there(store, changes, world_size):
+    """Exact, over the ends of windows and epochs: for one process as for the next."""
+    whole, _ = batches(store, **changes)
+    size = changes.get("batch_size", 50)
+    share = size // world_size
+    of_rank = [batches(store, **changes)[0] for _ in range(world_size)]
+    for step in [*range(20), 3]:
+        expected = whole.batch(step)
+        assert np.array_equal(expected.rows, whole.rows(step))
+        for rank, made in enumerate(of_rank):
+            own = range(rank * share, (rank + 1) * share)
+            found = made.batch(step, own)
+            cut = slice(own.start, own.stop)
+            assert np.array_equal(found.rows, expected.rows[cut])
+            assert torch.equal(found.x, expected.x[:, cut])
+            assert torch.equal(found.y, expected.y[:, cut])
+            for name in ("is_masked", "t"):
+                assert torch.equal(getattr(found, name), getattr(expected, name)[cut])
+            assert all(torch.equal(found.where[name], expected.where[name][cut]) for name in found.where)
+
+
+def test_a_process_reads_its_own_rows_alone_and_once(reopened, monkeypatch):
+    made, _ = batches(reopened)
+    read, asked = reopened.read, []
+
+    def reading(rows, hooks=None):
+        asked.append(np.asarray(rows))
+        return read(rows, hooks)
+
+    monkeypatch.setattr(reopened, "read", reading)
+    used = np.concatenate([made.batch(step, range(10, 35)).rows for step in range(15)])
+    wanted = np.concatenate(asked)
+    assert len(np.unique(wanted)) == len(wanted)
+    assert np.isin(used, wanted).all()
+    assert len(used) <= len(wanted) < len(used) + 25  # what fills no batch at the end of an epoch

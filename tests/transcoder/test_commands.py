@@ -10,8 +10,9 @@ import pytest
 from mdlm_interp.__main__ import main
 from mdlm_interp.config_files import load_config
 from mdlm_interp.program import invocation
-from transcoder.config import CLTRunConfig
+from transcoder.config import METRICS, CLTRunConfig
 from transcoder.trainer import Trainer
+from transcoder.training_log import read_log
 
 SMALL = ["--n-features", "32", "--k", "4", "--train.batch-size", "64", "--train.log-every", "2"]
 
@@ -27,7 +28,8 @@ def test_training_and_evaluating_from_the_command_line(store, model_directory, t
     )
     assert code == 0
     assert "n_layers=3, d_model=32, n_features=32, k=4" in out
-    assert "after 4 steps on 256 rows: FVU 0." in out
+    last = read_log(tmp_path / "clt" / METRICS)[-1]
+    assert f"after 4 steps on 256 rows: FVU {last['fvu']:.3f}, " in out
     command = out.splitlines()[-1].removeprefix(f"next: {invocation()} ")
     assert command == f"clt eval {tmp_path / 'clt'} {store.path} --model {model_directory}"
     code, out, _ = run(capsys, *command.split())

@@ -21,7 +21,12 @@ from transcoder.demo import DemoConfig
         ({"window_chunks": 0}, "window_chunks must be at least 1, got 0; leave it out for 32"),
         ({"log_every": 0}, "log_every must be at least 1, got 0; leave it out for 10"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0; leave it out for 500"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1; leave it out for 50"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1; leave it out for none"),
+        (
+            {"warmup_steps": 21, "steps": 20},
+            "warmup_steps must be at most steps, got 21 and 20; lower it, or leave it out for none, which takes 50, or "
+            "all steps of a shorter run",
+        ),
         ({"seed": -1}, "seed must be in [0, 2**64), got -1; leave it out for 0"),
         ({"seed": 2**64}, f"seed must be in [0, 2**64), got {2**64}; leave it out for 0"),
         ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0; leave it out for 0.002"),
@@ -103,5 +108,6 @@ def test_the_settings_at_the_edge_are_accepted():
     TrainConfig(
         betas=(0.0, 0.0), decay_fraction=1.0, auxk=None, grad_clip=None, warmup_steps=0, auxk_alpha=0.0
     )
+    TrainConfig(warmup_steps=20, steps=20)
     CLTRunConfig(store=Path("runs/a.zarr"), out=Path("runs"), n_features=3, k=3)
     EvalConfig(clt=Path("clt"), store=Path("a.zarr"), max_sequences=None)

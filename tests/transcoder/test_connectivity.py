@@ -12,7 +12,7 @@ from transcoder import CrossLayerTranscoder, ReplacementModel, TranscoderConfig
 from transcoder.checkpoint import load_clt, save_clt
 from transcoder.data import store_normalisation
 from transcoder.effects import attribute_features
-from transcoder.replacement import FeatureEdit
+from transcoder.feature_edits import FeatureEdit
 
 SHAPE = TranscoderConfig(n_layers=3, d_model=32, n_features=24, k=4)
 
@@ -181,6 +181,11 @@ def test_a_skip_needs_the_inputs(make, rows):
         ({"connectivity": "band"}, "connectivity band needs band, a number of layers; set both or neither"),
         ({"band": 2}, "connectivity clt takes no band, got 2; set both or neither"),
         ({"connectivity": "band", "band": 0}, "band must be at least 1, got 0; leave it out for none"),
+        (
+            {"connectivity": "band", "band": 3},
+            "band must be below the number of layers, got band 3 for 3; lower it, or set connectivity clt, which "
+            "writes to all later layers",
+        ),
         ({"activation": "relu"}, "activation relu has no k, got 4; set both alike"),
         ({"k": None}, "activation topk needs k, a number of features; set both alike"),
         ({"ste_width": 0.0}, "ste_width must be above 0 and finite, got 0.0; leave it out for 1.0"),

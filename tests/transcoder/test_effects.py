@@ -10,7 +10,7 @@ from transcoder import ReplacementModel
 from transcoder.checkpoint import load_clt
 from transcoder.effects import attribute_features, feature_effects
 from transcoder.evaluation import masked_log_probs
-from transcoder.replacement import FeatureEdit
+from transcoder.feature_edits import FeatureEdit
 
 POSITION, TOKEN = 5, 40
 

@@ -52,7 +52,7 @@ def test_a_full_disk_keeps_the_last_state_and_the_run_continues_with_the_same_bi
             return save_training_state(out, tensors, state, keep=keep)
 
     with monkeypatch.context() as patch:
-        patch.setattr("transcoder.trainer.save_training_state", save)
+        patch.setattr("transcoder.training_loop.save_training_state", save)
         with pytest.raises(WriteError, match=r"step-00000010 cannot be written: File too large"):
             train(stopped)
     state = latest_training_state(stopped.out)

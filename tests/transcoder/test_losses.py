@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transcoder.config import TrainConfig
-from transcoder.losses import layer_fvu, reconstruction_loss
+from transcoder.losses import layer_nmse, reconstruction_loss
 from transcoder.objective import objective
 
 
@@ -21,7 +21,7 @@ def test_reconstruction_is_the_mean_over_layers_of_the_squared_error_over_the_st
     normalised = clt.decode_normalised(clt.encode(rows[0]))
     y = clt.normalise_output(rows[1])
     # float32 means over 64 x 32 values
-    assert layer_fvu(normalised, y).tolist() == pytest.approx([float(value) for value in expected], rel=1e-4)
+    assert layer_nmse(normalised, y).tolist() == pytest.approx([float(value) for value in expected], rel=1e-4)
     loss = float(reconstruction_loss(normalised, y))
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
 

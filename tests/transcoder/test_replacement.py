@@ -5,7 +5,7 @@ import torch
 
 from mdlm_interp.errors import DataError
 from transcoder import ReplacementModel
-from transcoder.replacement import FeatureEdit
+from transcoder.feature_edits import FeatureEdit
 
 OUTPUTS = "blocks.*.hook_mlp_out"
 

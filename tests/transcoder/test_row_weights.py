@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mdlm_interp.diffusion import nelbo_per_token
-from transcoder.losses import layer_fvu
+from transcoder.losses import layer_nmse
 from transcoder.row_weights import MEAN_NELBO_WEIGHT, row_weights
 from transcoder.run import train
 
@@ -74,7 +74,7 @@ def test_a_weight_of_zero_takes_a_row_out_of_the_loss_and_its_gradient(clt, rows
     weights[2, 10:] = 0.0
     y = clt.normalise_output(rows[1])
     y_hat = clt.decode_normalised(clt.encode(rows[0])).detach().requires_grad_()
-    fvu = layer_fvu(y_hat, y, weights)
+    fvu = layer_nmse(y_hat, y, weights)
     torch.autograd.backward(fvu.sum())
     assert y_hat.grad is not None
     assert not y_hat.grad[2, 10:].any()

@@ -28,7 +28,7 @@ from torch import distributed
 from mdlm_interp.config_files import from_mapping, to_mapping
 from mdlm_interp.errors import MdlmError
 from transcoder.checkpoint import load_clt
-from transcoder.config import METRICS, CLTRunConfig, InitConfig, TrainConfig
+from transcoder.config import METRICS, CLTRunConfig, InitConfig
 from transcoder.run import train
 from transcoder.scale_out.processes import Processes
 from transcoder.trainer import Trainer
@@ -128,21 +128,13 @@ def with_train(config: CLTRunConfig, out: Path, **changes: Any) -> CLTRunConfig:
 
 
 @pytest.fixture(scope="module")
-def configs(store, tmp_path_factory) -> dict[str, CLTRunConfig]:
+def configs(store, short_settings, tmp_path_factory) -> dict[str, CLTRunConfig]:
     """Six steps of a run of each kind in blocks, with features that die young."""
-    settings = TrainConfig(
+    settings = replace(
+        short_settings,
         steps=6,
         batch_size=48,
-        lr=5e-3,
-        warmup_steps=2,
-        dead_after_tokens=50,
-        auxk=5,
-        window_chunks=2,
-        log_every=3,
-        checkpoint_every=5,
-        plots=False,
         verify_sequences=None,  # by the test of the command
-        seed=6,
         blocks=BLOCKS,
     )
     root = tmp_path_factory.mktemp("scale-out")
@@ -161,7 +153,7 @@ def configs(store, tmp_path_factory) -> dict[str, CLTRunConfig]:
 
 @pytest.fixture(scope="module")
 def runs(configs) -> dict[str, dict[str, CLTRunConfig]]:
-    """Finished runs of each kind, by how they came about; three launches in all."""
+    """Finished runs of each kind, by how they came about; two launches in all."""
     found: dict[str, dict[str, CLTRunConfig]] = {kind: {} for kind in configs}
     for kind, config in configs.items():
         names = {
@@ -176,11 +168,10 @@ def runs(configs) -> dict[str, dict[str, CLTRunConfig]]:
     root = next(iter(configs.values())).out.parent
     every = found.values()
     stopped = [job(of["to one"], stop=2) for of in every]
-    together(2, [job(of["along features"]) for of in every] + stopped, root / "features.json")
     topk = found["topk"]
     topk["diverged"] = with_train(topk["diverged"], topk["diverged"].out, lr=1e30)
-    along_data = [job(of["along data"]) for of in every]
-    together(2, [*along_data, job(topk["diverged"])], root / "data.json")
+    whole = [job(of[name]) for of in every for name in ("along features", "along data")]
+    together(2, [*whole, *stopped, job(topk["diverged"])], root / "two.json")
     for of in every:
         assert told(of["to one"]) == ["interrupted", "interrupted"]
         saved = latest_training_state(of["to one"].out)
@@ -189,7 +180,7 @@ def runs(configs) -> dict[str, dict[str, CLTRunConfig]]:
         shutil.copytree(of["to one"].out, of["to four"].out)
         of["to one"] = with_train(of["to one"], of["to one"].out, mesh=None)
         of["to four"] = with_train(of["to four"], of["to four"].out, mesh=None)
-    together(4, [job(of[name]) for of in every for name in ("both", "to four")], root / "both.json")
+    together(4, [job(of[name]) for of in every for name in ("both", "to four")], root / "four.json")
     for of in every:
         train(of["one"])
         train(of["to one"])
@@ -225,7 +216,16 @@ def test_blocks_train_as_the_whole_does_but_for_rounding(runs, configs, kind, tm
     found = load_clt(runs[kind]["one"].out)
     assert digest(config) != digest(runs[kind]["one"])  # so the order of sums is seen in the bytes
     for ours, theirs in zip(log_without_speed(runs[kind]["one"]), log_without_speed(config), strict=True):
-        for name in ("loss", "fvu", "auxk", "pre_act", "sparsity", "grad_norm", "fvu_by_layer"):
+        for name in (
+            "loss",
+            "fvu",
+            "auxk",
+            "pre_act",
+            "sparsity",
+            "grad_norm",
+            "fvu_by_layer",
+            "nmse_by_layer",
+        ):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
         assert (ours["l0"], ours["dead"]) == (theirs["l0"], theirs["dead"])
     theirs = expected.state_dict()

@@ -10,11 +10,12 @@ from torch import nn
 
 from mdlm_interp.errors import ConfigError
 from transcoder.activations import batch_topk_mask, topk_mask
+from transcoder.block_terms import DataBlock
 from transcoder.config import InitConfig, TrainConfig, TranscoderConfig
 from transcoder.kernels import GradientBuffers, select_topk
 from transcoder.model import CrossLayerTranscoder
 from transcoder.normalisation import Normalisation
-from transcoder.objective import DataBlock, objective, objective_of_blocks
+from transcoder.objective import objective, objective_of_blocks
 from transcoder.run import train
 from transcoder.scale_out import (
     Layout,
@@ -316,7 +317,7 @@ def test_loss_metrics_and_gradients_of_blocks_are_those_of_the_whole_in_float64(
     ]
     dead = [is_dead[:, layout.features(j, 24)] for j in layout.feature_blocks]
     found = objective_of_blocks(blocks, rows, config, step=0, is_dead=dead, processes=Processes(layout))
-    for name in ("loss", "fvu", "sparsity", "pre_act", "auxk"):
+    for name in ("loss", "nmse", "fvu", "sparsity", "pre_act", "auxk"):
         torch.testing.assert_close(
             getattr(found, name), getattr(expected, name), rtol=1e-12, atol=0, msg=name
         )

@@ -8,6 +8,12 @@ from transcoder.config import TrainConfig
 from transcoder.schedules import active_features, learning_rate, sparsity_weight
 
 
+def test_a_run_shorter_than_the_usual_warm_up_reaches_its_rate():
+    short, long = TrainConfig(steps=10, decay="none", lr=1.0), TrainConfig(steps=100, decay="none", lr=1.0)
+    assert [learning_rate(short, step) for step in (0, 9)] == [0.1, 1.0]
+    assert [learning_rate(long, step) for step in (0, 49, 99)] == [0.02, 1.0, 1.0]
+
+
 def test_the_learning_rate_warms_up_holds_and_falls_to_zero():
     config = TrainConfig(steps=100, lr=1.0, warmup_steps=10, decay_fraction=0.2)
     rates = [learning_rate(config, step) for step in range(100)]

@@ -10,10 +10,10 @@ import pytest
 from mdlm_interp.errors import ConfigError
 from transcoder.config import METRICS
 from transcoder.run import train
-from transcoder.run_plots import draw_l0
 from transcoder.sinks import MetricSinks
 from transcoder.trainer import Trainer
 from transcoder.training_log import read_log
+from transcoder.training_plots import draw_l0
 
 
 def with_train(config, **changes):

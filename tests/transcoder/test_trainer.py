@@ -256,7 +256,7 @@ def test_training_reconstructs_far_better_than_the_mean(trained_directory):
 
 def test_dead_counters_count_rows_since_a_feature_was_active(clt, rows):
     class Same:
-        def batch(self, step):
+        def batch(self, step, own=None):
             is_masked, t = torch.zeros(64, dtype=torch.bool), torch.ones(64, dtype=torch.float64)
             return Batch(np.arange(64), rows[0], rows[1], is_masked=is_masked, t=t, where={})
 

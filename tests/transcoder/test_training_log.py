@@ -48,8 +48,8 @@ def killed(run_config, monkeypatch):
         ("[1]", "no JSON object"),
         ("", "Expecting value"),
         ("\x00\x01", "Expecting value"),
-        (json.dumps({**ENTRY, "fvu": float("nan")}), "no number 'fvu'"),
-        (json.dumps({**ENTRY, "fvu_by_layer": []}), "no list of numbers 'fvu_by_layer'"),
+        (json.dumps({**ENTRY, "fvu": float("nan")}), "no number or null 'fvu'"),
+        (json.dumps({**ENTRY, "fvu_by_layer": []}), "no list of numbers or nulls 'fvu_by_layer'"),
         (json.dumps({**ENTRY, "fvu_by_layer": [1.0]}), "another number of layers than the first line has"),
     ],
 )

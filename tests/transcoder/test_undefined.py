@@ -11,11 +11,12 @@ import torch
 
 from transcoder import evaluate
 from transcoder.checkpoint import load_clt
+from transcoder.cost_plots import plot_nelbo
 from transcoder.eval_scores import MEAN, ORIGINAL, REPLACED, ZERO, Condition, Scores, SequenceSums
 from transcoder.eval_tables import by_t_tables
 from transcoder.evaluation import NoisedSequences
 from transcoder.metrics import STRATA, ReconstructionMetrics
-from transcoder.plots import plot_density, plot_fvu, plot_nelbo
+from transcoder.plots import plot_density, plot_fvu
 from transcoder.report import (
     MEAN_NOTE,
     error_term_lines,

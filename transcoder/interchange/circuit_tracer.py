@@ -31,13 +31,12 @@ from torch import Tensor
 from mdlm_interp.atomic_files import replacing
 from mdlm_interp.errors import CheckpointError
 from transcoder.checkpoint import write_tensors
-from transcoder.config import TranscoderConfig
 from transcoder.interchange.exchanged import About, Hooks, Reading, strict_thresholds
 from transcoder.interchange.form import Form, single
 from transcoder.interchange.hook_points import from_block, in_block
 from transcoder.interchange.limits import per_layer
-from transcoder.interchange.stored import StoredTensors, numbered, require, thresholds_or_none
-from transcoder.model import FoldedWeights
+from transcoder.interchange.stacked import no_layers, stacked_form
+from transcoder.interchange.stored import StoredTensors, numbered, require
 
 CONFIG = "config.yaml"
 CROSS_LAYER, PER_LAYER = "cross_layer_transcoder", "transcoder_set"
@@ -144,7 +143,7 @@ def _read_cross_layer(directory: Path, hooks: dict[str, str]) -> Form:
     first = StoredTensors(directory / "W_enc_0.safetensors")
     n_features, d_model = first.take("W_enc_0", (None, None)).shape
     has_threshold, has_skip = "threshold_0" in first, "W_skip_0" in first
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("W_enc", "b_enc", "b_dec", "threshold", "W_skip")}
+    parts = no_layers()
     W_dec = []
     for layer in range(n_layers):
         encoder = StoredTensors(directory / f"W_enc_{layer}.safetensors")
@@ -160,12 +159,12 @@ def _read_cross_layer(directory: Path, hooks: dict[str, str]) -> Form:
         decoder = StoredTensors(directory / f"W_dec_{layer}.safetensors")
         W_dec.append(decoder.take(f"W_dec_{layer}", (n_features, n_layers - layer, d_model)))
         decoder.finish()
-    return _form(parts, W_dec, directory / "W_enc_0.safetensors", {**hooks, "connectivity": "clt"})
+    return stacked_form(parts, W_dec, directory / "W_enc_0.safetensors", connectivity="clt", **hooks)
 
 
 def _read_per_layer(directory: Path, settings: dict[str, Any], hooks: dict[str, str]) -> Reading:
     files = _layer_files(directory, settings)
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("W_enc", "b_enc", "b_dec", "threshold", "W_skip")}
+    parts = no_layers()
     W_dec = []
     first = StoredTensors(files[0])
     n_features, d_model = first.take("W_enc", (None, None)).shape
@@ -180,7 +179,7 @@ def _read_per_layer(directory: Path, settings: dict[str, Any], hooks: dict[str, 
         if "W_skip" in first:
             parts["W_skip"].append(stored.take("W_skip", (d_model, d_model)))
         stored.finish()
-    form = _form(parts, W_dec, files[0], {**hooks, "connectivity": "plt"})
+    form = stacked_form(parts, W_dec, files[0], connectivity="plt", **hooks)
     if settings.get("activation") != "topk":
         return Reading(form)
     if THRESHOLD in first:
@@ -212,28 +211,3 @@ def _located(directory: Path, name: str) -> Path:
     """A listed file; a directory that was moved has it beside its config, and not where the absolute path says."""
     beside = directory / Path(name).name
     return beside if Path(name).is_absolute() and beside.is_file() else directory / name
-
-
-def _form(parts: dict[str, list[Tensor]], W_dec: list[Tensor], path: Path, more: dict[str, Any]) -> Form:
-    stacked = {name: torch.stack(of_layers) for name, of_layers in parts.items() if of_layers}
-    threshold = stacked.get("threshold")
-    if threshold is not None:
-        threshold = thresholds_or_none(threshold, path)
-    weights = FoldedWeights(
-        W_enc=stacked["W_enc"],
-        b_enc=stacked["b_enc"],
-        W_dec=W_dec,
-        b_dec=stacked["b_dec"],
-        threshold=threshold,
-        W_skip=stacked.get("W_skip"),
-    )
-    n_layers, n_features, d_model = weights.W_enc.shape
-    config = TranscoderConfig(
-        n_layers=n_layers,
-        d_model=d_model,
-        n_features=n_features,
-        activation="relu" if threshold is None else "jumprelu",
-        skip=weights.W_skip is not None,
-        **more,
-    )
-    return Form(config, weights)

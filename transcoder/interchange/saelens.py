@@ -19,17 +19,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mdlm_interp.errors import CheckpointError, nearest
 from transcoder.checkpoint import read_json, write_json, write_tensors
-from transcoder.config import TranscoderConfig, hook_names
+from transcoder.config import hook_names
 from transcoder.interchange.exchanged import About, Hooks, Reading, strict_thresholds
 from transcoder.interchange.form import Form, single
 from transcoder.interchange.hook_points import template_of
-from transcoder.interchange.stored import StoredTensors, require, thresholds_or_none
-from transcoder.model import FoldedWeights
+from transcoder.interchange.stacked import no_layers, stacked_form
+from transcoder.interchange.stored import StoredTensors, require
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.54.12"
@@ -104,7 +101,7 @@ def read(directory: Path, hooks: Hooks) -> Reading:
         _check(folder / CONFIG, of_layer, shape, settings[0])
     has_threshold, has_skip = _kind(folders[0] / CONFIG, settings[0])
     d_model, n_features, _ = shape
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("W_enc", "b_enc", "b_dec", "threshold", "W_skip")}
+    parts = no_layers()
     W_dec = []
     for folder in folders:
         stored = StoredTensors(folder / WEIGHTS)
@@ -117,29 +114,15 @@ def read(directory: Path, hooks: Hooks) -> Reading:
         if has_skip:
             parts["W_skip"].append(stored.take("W_skip", (d_model, d_model)))
         stored.finish()
-    stacked = {name: torch.stack(of_layers) for name, of_layers in parts.items() if of_layers}
-    threshold = stacked.get("threshold")
-    if threshold is not None:
-        threshold = thresholds_or_none(threshold, directory)
-    config = TranscoderConfig(
-        n_layers=len(folders),
-        d_model=d_model,
-        n_features=n_features,
+    form = stacked_form(
+        parts,
+        W_dec,
+        directory,
         connectivity="plt",
-        activation="relu" if threshold is None else "jumprelu",
-        skip=has_skip,
         input_hook=hooks.input or _template(folders, settings, "hook_name"),
         output_hook=hooks.output or _template(folders, settings, "hook_name_out"),
     )
-    weights = FoldedWeights(
-        W_enc=stacked["W_enc"],
-        b_enc=stacked["b_enc"],
-        W_dec=W_dec,
-        b_dec=stacked["b_dec"],
-        threshold=threshold,
-        W_skip=stacked.get("W_skip"),
-    )
-    return Reading(Form(config, weights))
+    return Reading(form)
 
 
 def _folders(directory: Path) -> list[Path]:

@@ -1,12 +1,12 @@
 """Encode and decode with gradients through active features only: in compiled loops on CPU, plain torch elsewhere."""
 
 from transcoder.kernels.autograd import (
-    batch_topk,
     decode,
     encode_selected,
     encode_topk,
     pre_activations,
     row_errors,
+    select_batch_topk,
     select_topk,
 )
 from transcoder.kernels.buffers import GradientBuffers
@@ -18,7 +18,7 @@ __all__ = [
     "encode_selected",
     "pre_activations",
     "select_topk",
-    "batch_topk",
+    "select_batch_topk",
     "row_errors",
     "GradientBuffers",
     "plain_path",

@@ -127,13 +127,12 @@ def select_topk(pre_acts: Float[Tensor, "batch feature"], k: int) -> SparseActs:
     return result
 
 
-def batch_topk(pre_acts: Float[Tensor, "layer batch feature"], k: int) -> list[SparseActs]:
-    """The layers * batch * k largest of all layers and rows, those that are positive or NaN, without gradient.
+def select_batch_topk(pre_acts: Float[Tensor, "batch feature"], k: int) -> SparseActs:
+    """The batch * k largest of a layer's rows together, those that are positive or NaN, without gradient.
 
-    Ties go to the lowest (layer, row, feature).
+    Ties go to the first row, then feature.
     """
-    n = pre_acts.shape[0] * pre_acts.shape[1] * k
-    result: list[SparseActs] = kernels_for(pre_acts).select_batch_topk(pre_acts.detach(), n)
+    result: SparseActs = kernels_for(pre_acts).select_batch_topk(pre_acts.detach(), len(pre_acts) * k)
     return result
 
 

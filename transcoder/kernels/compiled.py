@@ -282,15 +282,14 @@ def select_topk(pre_acts: Float[Tensor, "batch feature"], k: int) -> SparseActs:
     )
 
 
-def select_batch_topk(pre_acts: Float[Tensor, "layer batch feature"], n: int) -> list[SparseActs]:
+def select_batch_topk(pre_acts: Float[Tensor, "batch feature"], n: int) -> SparseActs:
     """See `plain.select_batch_topk`.
 
     Only what is above a guess, from a sample of rows, is listed; if that is fewer than n, what is above zero.
     """
-    n_layers, batch, n_features = pre_acts.shape
-    n_rows = n_layers * batch
+    batch, n_features = pre_acts.shape
     given = Bits.of(pre_acts)
-    guess = _lower_bound(given.x.reshape(n_rows, n_features)[::SAMPLED_ROWS], n / max(1, pre_acts.numel()))
+    guess = _lower_bound(given.x.reshape(batch, n_features)[::SAMPLED_ROWS], n / max(1, pre_acts.numel()))
     offsets, indices, keys = _listed_above(given, n_features, guess)
     if len(keys) < n and guess > 0:
         offsets, indices, keys = _listed_above(given, n_features, given.x.dtype.type(0))
@@ -298,13 +297,9 @@ def select_batch_topk(pre_acts: Float[Tensor, "layer batch feature"], n: int) ->
     if len(keys) > n:
         threshold = np.partition(keys, len(keys) - n)[len(keys) - n] if n else given.infinity + 2
         selection_loops.keep_first(keys, threshold, n - np.sum(keys > threshold), offsets, kept, counts)
-    rows, chosen = np.arange(n_rows).repeat(counts), indices[kept]
+    rows, chosen = np.arange(batch).repeat(counts), indices[kept]
     values = torch.from_numpy(given.x[rows * n_features + chosen])
-    per_layer = torch.from_numpy(counts).reshape(n_layers, batch)
-    lengths = per_layer.sum(1).tolist()
-    cut = (torch.split(part, lengths) for part in (values, torch.from_numpy(chosen)))
-    pieces = zip(*cut, per_layer, strict=True)
-    return [SparseActs(own, features, offsets_of(row_counts)) for own, features, row_counts in pieces]
+    return SparseActs(values, torch.from_numpy(chosen), offsets_of(torch.from_numpy(counts)))
 
 
 def _lower_bound(sample: NDArray[Any], share: float) -> Any:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mdlm_interp.shapes import Bool, Float
+from mdlm_interp.shapes import Float
+from transcoder.activations import topk_mask
 from transcoder.kernels.buffers import Gradient
 from transcoder.sparse import SparseActs, from_mask, offsets_of
 
@@ -109,29 +110,14 @@ def select_topk(pre_acts: Float[Tensor, "batch feature"], k: int) -> SparseActs:
     NaNs count as equal and larger than all.
     """
     pre_acts = pre_acts.detach()
-    return from_mask(pre_acts, _topk_mask(pre_acts, k) & ~(pre_acts <= 0))
+    return from_mask(pre_acts, topk_mask(pre_acts, k) & ~(pre_acts <= 0))
 
 
-def select_batch_topk(pre_acts: Float[Tensor, "layer batch feature"], n: int) -> list[SparseActs]:
-    """The n largest of all, those that are positive or NaN; ties go to the lowest (layer, row, feature)."""
+def select_batch_topk(pre_acts: Float[Tensor, "batch feature"], n: int) -> SparseActs:
+    """The n largest of all rows, those that are positive or NaN; ties go to the first row, then feature."""
     pre_acts = pre_acts.detach()
-    mask = _topk_mask(pre_acts.reshape(1, -1), n).reshape(pre_acts.shape) & ~(pre_acts <= 0)
-    return [from_mask(layer, kept) for layer, kept in zip(pre_acts, mask, strict=True)]
-
-
-def _topk_mask(x: Float[Tensor, "rows n"], k: int) -> Bool[Tensor, "rows n"]:
-    """Exactly the k largest of each row; ties go to the lowest place."""
-    if k >= x.shape[1]:
-        return torch.ones_like(x, dtype=torch.bool)
-    if k == 0:
-        return torch.zeros_like(x, dtype=torch.bool)
-    threshold = x.topk(k, dim=1).values[:, -1:]
-    # Against a NaN every comparison is false.
-    tied = (x == threshold) | (x.isnan() & threshold.isnan())
-    above = (x > threshold) | (x.isnan() & ~threshold.isnan())
-    if bool((tied.sum(1, keepdim=True) + above.sum(1, keepdim=True) == k).all()):
-        return tied | above
-    return above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    mask = topk_mask(pre_acts.reshape(-1), n).view_as(pre_acts)
+    return from_mask(pre_acts, mask & ~(pre_acts <= 0))
 
 
 def _bags(

@@ -54,6 +54,11 @@ class Layout:
         """Numbers of this process's feature blocks."""
         return _share(self.blocks[1], self.mesh[1], self.place[1])
 
+    def own_rows(self, batch_size: int) -> range:
+        """The rows of a batch that this process has: its data blocks, which follow each other."""
+        size = batch_size // self.mesh[0]
+        return range(self.place[0] * size, (self.place[0] + 1) * size)
+
     def rows(self, block: int, batch_size: int) -> slice:
         """The rows of a data block in a batch."""
         size = batch_size // self.blocks[0]

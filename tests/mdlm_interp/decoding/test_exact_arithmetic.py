@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,27 +17,7 @@ from mdlm_interp.decoding import (
     Sampler,
     sample,
 )
-from oracle import Oracle, exact_sample
-from oracle.sampling import counts
-from oracle.sampling import draw as draw_count
-from oracle.tables import sigma_of_masked
-
-
-class ExactDraws:
-    """Probabilities as the oracle's counts; only the entropy is a float64 sum."""
-
-    def weights(self, logits: Tensor, temperature: float) -> Tensor:
-        return counts(logits, None, temperature)
-
-    def pick(self, weights: Tensor, words) -> Tensor:
-        return draw_count(weights, words.tolist())
-
-    def entropy(self, weights: Tensor) -> Tensor:
-        rows = (weights.double() / weights.sum(-1, keepdim=True).double()).tolist()
-        return torch.tensor([-math.fsum(p * math.log(p) for p in row if p > 0) for row in rows]).double()
-
-    def sigma(self, n_masked: Tensor, length: int) -> Tensor:
-        return torch.tensor([sigma_of_masked(int(n), length) for n in n_masked], dtype=torch.float32)
+from oracle import ExactDraws, Oracle, exact_sample
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,18 +19,22 @@ from mdlm_interp.evaluation import nelbo
 from mdlm_interp.randomness import uniforms
 from mdlm_interp.training.baselines import unigram_probabilities
 from mdlm_interp.training.checkpoint import LOG, saved_step
-from mdlm_interp.training.command import evaluate, table
-from mdlm_interp.training.data import (
-    WindowSampler,
-    consecutive_blocks,
-    is_held_out,
-    read_streams,
-)
-from mdlm_interp.training.trainer import VALIDATION_SEED, Trainer, train
+from mdlm_interp.training.data import consecutive_blocks, is_held_out, read_streams
+from mdlm_interp.training.mdlm import MDLMRecipe
+from mdlm_interp.training.sampling import WindowSampler
+from mdlm_interp.training.text import VALIDATION_SEED
+from mdlm_interp.training.text_report import table
+from mdlm_interp.training.trainer import Trainer, train
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+
+
+def bounds(trainer: Trainer) -> dict:
+    """What a validation measures."""
+    assert isinstance(trainer.recipe, MDLMRecipe)
+    return trainer.recipe.bounds(trainer.average)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -85,7 +90,7 @@ def test_one_step_is_adamw_on_the_bound(config, tokenizer, streams):
     trainer = Trainer(replace(config, warmup_steps=0, grad_clip=1e9), tokenizer, streams)
     twin = HookedMDLM(config.model, seed=config.seed).train()
     optimiser = torch.optim.AdamW(twin.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.0)
-    x_0 = trainer.sampler.batch(0)
+    x_0 = trainer.recipe.batch(0)["x_0"]
     t = stratified_times(torch.from_numpy(uniforms(config.seed, "train:t", 0, config.batch_size)))
     x_t = corrupt(
         x_0, LogLinearSchedule().move_chance(t), config.model.mask_id, seed=config.seed, indices=range(4)
@@ -103,8 +108,8 @@ def test_one_step_is_adamw_on_the_bound(config, tokenizer, streams):
 def test_training_lowers_the_held_out_bound(config, tokenizer, streams):
     """Behavioural: far below the uniform guess, and below where it started."""
     longer = replace(config, steps=150, batch_size=16, ema_decay=0.9, short_share=0.0)
-    before = Trainer(longer, tokenizer, streams).validate()
-    after = train(longer, tokenizer, streams).validate()
+    before = bounds(Trainer(longer, tokenizer, streams))
+    after = bounds(train(longer, tokenizer, streams))
     guess = torch.tensor(float(config.model.vocab_size - 1)).log().item()
     for form in ("wrapped", "bare"):
         assert before[form].nats_per_token == pytest.approx(guess, rel=0.15)
@@ -119,7 +124,7 @@ def test_held_out_text_is_measured_in_each_form_that_is_trained(
 ):
     config = replace(config, wrap_share=wrap_share, steps=2)
     trainer = train(config, tokenizer, streams)
-    measured = trainer.validate()
+    measured = bounds(trainer)
     lines = [json.loads(line) for line in (config.out / LOG).read_text().splitlines()]
     logged = {line["form"]: line["held_out_nats"] for line in lines if "held_out_nats" in line}
     assert list(measured) == list(logged) == forms
@@ -127,7 +132,9 @@ def test_held_out_text_is_measured_in_each_form_that_is_trained(
     for form, bound in measured.items():
         eos = tokenizer.eos_id if form == "wrapped" else None
         blocks = consecutive_blocks(streams.held_out, length, config.validation_sequences, wrap_with=eos)
-        expected = nelbo(trainer.average, blocks, seed=VALIDATION_SEED, times_per_sequence=2)
+        expected = nelbo(
+            cast(HookedMDLM, trainer.average), blocks, seed=VALIDATION_SEED, times_per_sequence=2
+        )
         assert logged[form] == bound.nats_per_token == expected.nats_per_token
     if wrap_share == 0.5:
         assert logged["wrapped"] != logged["bare"]
@@ -153,7 +160,7 @@ def test_the_final_report_names_each_form_and_counts_its_text_once(config, token
     """In a wrapped sequence the two added end-of-texts are positions, but no bytes of text."""
     trainer = Trainer(config, tokenizer, streams)
     trainer.step()
-    report = evaluate(trainer, tokenizer, streams)
+    report = trainer.recipe.evaluate(trainer.average)
     assert list(report) == ["wrapped", "bare"]
     train_share = unigram_probabilities(streams.train, config.model.vocab_size)
     for form, figures in report.items():
@@ -161,7 +168,7 @@ def test_the_final_report_names_each_form_and_counts_its_text_once(config, token
         blocks = consecutive_blocks(streams.held_out, 24, wrap_with=tokenizer.eos_id if wrapped else None)
         text = blocks[:, 1:-1] if wrapped else blocks
         n_bytes = text.numel() * streams.held_out_bytes / len(streams.held_out)
-        bound = nelbo(trainer.average, blocks, times_per_sequence=8)
+        bound = nelbo(cast(HookedMDLM, trainer.average), blocks, times_per_sequence=8)
         nats = figures["nats_per_token"]
         assert nats["model"] == bound.nats_per_token
         assert nats["unigram"] == pytest.approx(-np.log(train_share[text]).sum() / blocks.numel())
@@ -180,7 +187,7 @@ def test_figures_over_too_little_text_are_null_in_log_and_report(config, tokeniz
     few = replace(streams, held_out=streams.held_out[:22])
     trainer = train(config, tokenizer, few)
     lines = (config.out / LOG).read_text().splitlines()
-    report = evaluate(trainer, tokenizer, few)["wrapped"]
+    report = trainer.recipe.evaluate(trainer.average)["wrapped"]
     assert [json.loads(line, parse_constant=pytest.fail)["error"] for line in lines[1:]] == [None]
     assert report["standard_error_nats"] is None
     assert None in report["masked_cross_entropy_by_time"]

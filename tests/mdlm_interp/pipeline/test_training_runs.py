@@ -261,7 +261,7 @@ def test_an_interruption_while_the_text_is_read_says_that_nothing_is_saved(capsy
     def interrupted(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mdlm_interp.training.command.read_streams", interrupted)
+    monkeypatch.setattr("mdlm_interp.training.text.read_streams", interrupted)
     code, _, error = called(capsys, "train-lm", recipe)
     assert (code, error) == (
         130,

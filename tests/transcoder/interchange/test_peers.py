@@ -62,15 +62,7 @@ for layer in range(len(x)):
 acts, y = torch.stack(acts), torch.stack(y)
 """
 
-CROSSLAYER_CODING = """
-from clt.config import CLTConfig
-from clt.models.clt import CrossLayerTranscoder
-clt = CrossLayerTranscoder(CLTConfig.from_json(f"{out}/cfg.json"), process_group=None, device=torch.device("cpu"))
-clt.load_state_dict(load_file(f"{out}/model.safetensors"))
-import os; os.makedirs(again)
-state = {name: value.contiguous() for name, value in clt.state_dict().items()}
-save_file(state, f"{again}/clt_checkpoint_9.safetensors")
-clt.config.to_json(f"{again}/cfg.json")
+JUDGED = """
 clt = clt.double()
 for part in (clt, clt.encoder_module, clt.decoder_module, clt.theta_manager):
     part.dtype = torch.float64
@@ -79,6 +71,21 @@ found, written = clt.get_feature_activations(by_layer), clt(by_layer)
 acts = torch.stack([found[layer] for layer in by_layer]).double()
 y = torch.stack([written[layer] for layer in by_layer]).double()
 """
+"""What crosslayer-coding computes, in float64."""
+
+CROSSLAYER_CODING = (
+    """
+from clt.config import CLTConfig
+from clt.models.clt import CrossLayerTranscoder
+clt = CrossLayerTranscoder(CLTConfig.from_json(f"{out}/cfg.json"), process_group=None, device=torch.device("cpu"))
+clt.load_state_dict(load_file(f"{out}/model.safetensors"))
+import os; os.makedirs(again)
+state = {name: value.contiguous() for name, value in clt.state_dict().items()}
+save_file(state, f"{again}/clt_checkpoint_9.safetensors")
+clt.config.to_json(f"{again}/cfg.json")
+"""
+    + JUDGED
+)
 
 CASES: dict[str, Any] = {
     "circuit-tracer clt": ("circuit-tracer", CROSS_LAYER, {}, ["relu", "jumprelu"]),
@@ -148,13 +155,6 @@ for name, parameter in clt.named_parameters():
 import os; os.makedirs(again)
 save_file({name: value.contiguous() for name, value in clt.state_dict().items()}, f"{again}/model.safetensors")
 config.to_json(f"{again}/cfg.json")
-clt = clt.double()
-for part in (clt, clt.encoder_module, clt.decoder_module, clt.theta_manager):
-    part.dtype = torch.float64
-by_layer = {layer: x[layer] for layer in range(len(x))}
-found, written = clt.get_feature_activations(by_layer), clt(by_layer)
-acts = torch.stack([found[layer] for layer in by_layer]).double()
-y = torch.stack([written[layer] for layer in by_layer]).double()
 """
 
 
@@ -164,7 +164,7 @@ def test_what_crosslayer_coding_itself_made_is_imported(tying, activation, nativ
     """Bounded: a product of two float32 is rounded once where a feature has a scale."""
     x = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(1))
     save_file({"x": x}, tmp_path / "x.safetensors")
-    script = COMMON + TIED + 'save_file({"acts": acts, "y": y}, f"{place}/found.safetensors")\n'
+    script = COMMON + TIED + JUDGED + 'save_file({"acts": acts, "y": y}, f"{place}/found.safetensors")\n'
     command = [str(PYTHON), "-c", script, "", str(tmp_path), tying, activation]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,8 +1,11 @@
-"""Perplexity of a masked diffusion model: the continuous-time bound, estimated and with its error.
+"""Perplexity of a masked diffusion model: its bound (the NELBO), estimated and with its error.
 
 Estimator: each sequence is corrupted at `times_per_sequence` times that are stratified over [1e-3, 1], and
 the mean over all positions of -log p(x_0 | x_t) / t is averaged over sequences. It is an upper bound in
 expectation; the standard error is that of the mean over sequences.
+
+With `n_steps` each time is first moved up to its point of a grid of that many steps: the bound of the model that
+denoises in so many steps, which is higher. Figures of two estimators are not comparable, so each names its own.
 """
 
 # Axes: batch, pos
@@ -17,9 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mdlm_interp.diffusion import LogLinearSchedule, corrupt, nelbo_per_token, sequence_times
+from mdlm_interp.diffusion import MIN_TIME, LogLinearSchedule, corrupt, nelbo_per_token, sequence_times
+from mdlm_interp.errors import DataError
 from mdlm_interp.model import HookedMDLM
-from mdlm_interp.shapes import Int64
+from mdlm_interp.shapes import Float64, Int64
 
 N_TIME_BINS = 10
 
@@ -40,6 +44,20 @@ class Nelbo:
     """Mean cross-entropy in nats per masked token, in ten equal bins of t; nan where a bin is empty."""
     masked_by_time: tuple[int, ...] = ()
     """Masked tokens that each of those means is over."""
+    n_steps: int | None = None
+    """Steps of the discrete-time bound; none for the continuous-time one."""
+    times_per_sequence: int = 1
+    """Noise levels for each sequence."""
+
+    @property
+    def estimator(self) -> str:
+        """What the figure is, in words."""
+        kind = (
+            "continuous-time bound"
+            if self.n_steps is None
+            else f"discrete-time bound in {self.n_steps} steps"
+        )
+        return f"{kind}, {self.times_per_sequence} stratified times a sequence, t in [{MIN_TIME:g}, 1]"
 
     @property
     def perplexity(self) -> float:
@@ -61,6 +79,7 @@ def nelbo(
     seed: int = 0,
     first: int = 0,
     times_per_sequence: int = 4,
+    n_steps: int | None = None,
     batch_size: int = 32,
     predict: Predict | None = None,
     progress: bool = False,
@@ -72,6 +91,7 @@ def nelbo(
         seed: Key of times and masks: the same seed corrupts the same way for every model compared.
         first: Number of the first sequence, where these continue others: each number draws its own times and
             masks, so that the errors of estimates which are pooled are independent.
+        n_steps: Steps of the discrete-time bound; the continuous-time one if none.
         predict: What gives the logits, if not the model itself: a replacement model, say.
         progress: Show a bar on a terminal.
     """
@@ -81,6 +101,8 @@ def nelbo(
     draws = range(first * times_per_sequence, (first + x_0.shape[0]) * times_per_sequence)
     # Consecutive draws spread evenly over t, so a sequence's own times are stratified too.
     times = sequence_times(seed, draws)
+    if n_steps is not None:
+        times = moved_to_grid(times, n_steps)
     per_draw: list[Tensor] = []
     entropy_sum = torch.zeros(N_TIME_BINS)
     masked_count = torch.zeros(N_TIME_BINS, dtype=torch.int64)
@@ -109,14 +131,37 @@ def nelbo(
         n_tokens=x_0.numel(),
         by_time=tuple((entropy_sum / masked_count).tolist()),
         masked_by_time=tuple(masked_count.tolist()),
+        n_steps=n_steps,
+        times_per_sequence=times_per_sequence,
     )
+
+
+def moved_to_grid(t: Float64[Tensor, " draw"], n_steps: int) -> Float64[Tensor, " draw"]:
+    """Times moved up to (floor(T t) + 1) / T, the grid of T steps, and at most to 1.
+
+    Raises:
+        DataError: If there is no step.
+    Source:
+        Sahoo et al. 2024, arXiv:2406.07524; see `diffusion.nelbo_per_token_discrete`.
+    """
+    if n_steps < 1:
+        raise DataError(f"n_steps must be at least 1, or none for continuous time; got {n_steps}")
+    return ((torch.floor(n_steps * t) + 1) / n_steps).clamp(max=1.0)
 
 
 def pooled(bounds: Sequence[Nelbo]) -> Nelbo:
     """The bound over the sequences of several estimates together.
 
     The sequences all have the same length, and their own numbers (see `nelbo`'s `first`).
+
+    Raises:
+        DataError: If the estimates are of different estimators.
     """
+    kinds = sorted({bound.estimator for bound in bounds})
+    if len(kinds) > 1:
+        raise DataError(
+            f"estimates of one estimator can be pooled, got {' and '.join(kinds)}; estimate again"
+        )
     count = sum(bound.n_sequences for bound in bounds)
     mean = sum(bound.n_sequences * bound.nats_per_token for bound in bounds) / count
     squares = 0.0  # of each sequence's distance from the mean of all
@@ -138,4 +183,6 @@ def pooled(bounds: Sequence[Nelbo]) -> Nelbo:
         n_tokens=sum(bound.n_tokens for bound in bounds),
         by_time=tuple(by_time),
         masked_by_time=tuple(masked),
+        n_steps=bounds[0].n_steps,
+        times_per_sequence=bounds[0].times_per_sequence,
     )
