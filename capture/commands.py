@@ -40,6 +40,8 @@ class VerifyConfig:
     """URL of an S3-compatible service, for an s3:// store; none takes AWS_ENDPOINT_URL, or Amazon's own."""
     model: str | None = None
     """Model directory, hub id or "bundled"; none takes what the store names. Its weights must be the store's."""
+    tokenizer: str | None = None
+    """Directory or hub id of the tokenizer; none takes what the store names, or the model's own if that had it."""
     batches: int = 4
     """Batches to recompute, drawn at random; 0 checks the bytes only."""
     seed: int = 0
@@ -128,7 +130,9 @@ def verify(argv: Sequence[str]) -> int:
             "an export is checked for its bytes only; verify the store that it was made from to recompute rows"
         )
     elif config.batches and store.n_sequences:
-        found = verify_rows(store, config.model, batches=config.batches, seed=config.seed)
+        found = verify_rows(
+            store, config.model, tokenizer=config.tokenizer, batches=config.batches, seed=config.seed
+        )
         how = (
             "the same bits"
             if found.bitwise

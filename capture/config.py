@@ -22,8 +22,6 @@ class CaptureConfig:
 
     files: tuple[Path, ...] = ()
     """Text files, globs, directories of shards or @lists of files, in this order; see the README for the kinds."""
-    sampler: SamplerSource | None = None
-    """Record a sampler's steps instead of noised text; files stay empty."""
     out: str
     """Directory or s3:// URL of the store: new, empty, or one that this command began."""
     endpoint: str | None = None
@@ -72,6 +70,8 @@ class CaptureConfig:
     """Processes that write this store together; none takes WORLD_SIZE of torchrun, or 1."""
     any_disk: bool = False
     """Start even if the forecast says that the disk cannot hold the store."""
+    sampler: SamplerSource | None = None
+    """Record a sampler's steps instead of noised text; files stay empty."""
 
     def __post_init__(self) -> None:
         if self.sampler is not None:

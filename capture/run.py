@@ -175,6 +175,11 @@ def batches_of(config: CaptureConfig, network: HookedMDLM, tokenizer: Tokenizer)
 
 def _too_short(config: CaptureConfig, tokenizer: Tokenizer) -> str:
     if config.sampler is not None:
+        if config.max_rows is None:
+            return (
+                f"no step of {config.sampler.n} decodings has {config.positions} positions to record; record others, "
+                f"such as --positions all (a sampler that rewrites random tokens never has masks)"
+            )
         return (
             f"no step of {config.sampler.n} decodings of length {config.length} with {config.positions} positions fits "
             f"max_rows {config.max_rows}; raise --max-rows or record other positions"

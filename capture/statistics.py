@@ -176,9 +176,9 @@ def add_runs(
 
 def _in_order(piece: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum of rows, one after the other."""
-    if piece.shape[1] == 1:  # numpy would add a single column in pairs
-        return np.add.accumulate(piece)[-1]
-    summed: NDArray[np.float64] = np.add.reduce(piece)
+    # numpy would add a single column in pairs.
+    single = piece.shape[1] == 1
+    summed: NDArray[np.float64] = np.add.accumulate(piece)[-1] if single else np.add.reduce(piece)
     return summed
 
 

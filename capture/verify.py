@@ -173,26 +173,31 @@ def _damaged(place: Place, path: str, reason: str) -> StoreError:
     return StoreError(f"{place.name}/{path} is damaged ({reason}); restore it from a copy or capture again")
 
 
-def verify_rows(store: ActivationStore, model: str | None, *, batches: int, seed: int = 0) -> Verification:
+def verify_rows(
+    store: ActivationStore, model: str | None, *, tokenizer: str | None = None, batches: int, seed: int = 0
+) -> Verification:
     """Recompute sampled batches and compare them with what is stored.
 
     Args:
         model: Where the weights are; none takes the store's own word.
+        tokenizer: Where the tokenizer is; none takes the store's word, or the model's own if the store's came with it.
         batches: How many to recompute; all, if there are not so many.
         seed: Key of the sample.
     Raises:
         StoreError: If the model is another one, or anything differs by more than it may.
     """
-    config = recorded_config(store, model)
+    config = recorded_config(store, model, tokenizer)
     directory = resolve_source(config.model)
     network = HookedMDLM.from_pretrained(directory)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    now = {**model_record(directory, network, tokenizer), **stack_record(network)}
+    words = load_tokenizer(config.tokenizer or config.model)
+    now = {**model_record(directory, network, words), **stack_record(network)}
     for key in ("weights_sha256", "tokenizer_sha256"):
         if store.provenance[key] != now[key]:
+            kind = key.partition("_")[0]
+            found = config.model if kind == "weights" else config.tokenizer
             raise StoreError(
-                f"{store.name} was captured with {key} {store.provenance[key][:16]}..., {config.model} has "
-                f"{now[key][:16]}...; name the model of the store with --model"
+                f"{store.name} was captured with {key} {store.provenance[key][:16]}..., {found} has "
+                f"{now[key][:16]}...; name the store's own with --{'model' if kind == 'weights' else 'tokenizer'}"
             )
     forward = forward_of(network, store.hooks, config)
     same_stack = all(item(store.provenance, key) == item(now, key) for key in SAME_STACK)
@@ -200,19 +205,25 @@ def verify_rows(store: ActivationStore, model: str | None, *, batches: int, seed
     rows, largest, done = 0, 0.0, 0
     again = None
     if config.sampler is not None and bitwise:
-        again = Decodings(config, in_arithmetic(network, config), tokenizer)
-    for batch in islice(sampled_batches(store, config, tokenizer.mask_id, seed, again), batches):
+        again = Decodings(config, in_arithmetic(network, config), words)
+    for batch in islice(sampled_batches(store, config, words.mask_id, seed, again), batches):
         acts = forward(batch, check=True)
         largest = max(largest, _compare(store, batch, acts, bitwise=bitwise))
         rows, done = rows + batch.stop - batch.start, done + 1
     return Verification(files=0, size=0, batches=done, rows=rows, bitwise=bitwise, largest=largest)
 
 
-def recorded_config(store: ActivationStore, model: str | None) -> CaptureConfig:
-    """The config that a store was captured with, on this machine's CPU."""
+def recorded_config(store: ActivationStore, model: str | None, tokenizer: str | None = None) -> CaptureConfig:
+    """The config that a store was captured with, on this machine's CPU.
+
+    Args:
+        model: Where the model is now, and its tokenizer if the store's came with it.
+        tokenizer: Where the tokenizer is now.
+    """
     given = {**store.config, "out": str(store.name), "device": "cpu"}
-    if model is not None:
-        given |= {"model": model, "tokenizer": model}
+    if tokenizer is None and model is not None and given["tokenizer"] == given["model"]:
+        tokenizer = model
+    given |= {"model": model or given["model"], "tokenizer": tokenizer or given["tokenizer"]}
     return from_mapping(CaptureConfig, given, source=str(store.name))
 
 
@@ -362,6 +373,7 @@ def verify_store(
     *,
     endpoint: str | None = None,
     model: str | None = None,
+    tokenizer: str | None = None,
     batches: int = 4,
     seed: int = 0,
     progress: Any = None,
@@ -373,7 +385,7 @@ def verify_store(
     """
     store = open_store(path, endpoint=endpoint)
     files, size = verify_files(store, progress=progress)
-    rows = verify_rows(store, model, batches=batches, seed=seed)
+    rows = verify_rows(store, model, tokenizer=tokenizer, batches=batches, seed=seed)
     return Verification(
         files=files,
         size=size,

@@ -52,9 +52,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "write a transcoder for circuit-tracer, SAELens or crosslayer-coding",
     ),
     "clt import": ("transcoder.interchange.commands:import_", "read a transcoder of these tools"),
+    "explore": (
+        "transcoder.dashboard.commands:explore",
+        "write a directory of HTML pages: features, attribution graph, trajectory",
+    ),
     "explore trajectory": (
         "mdlm_interp.viewer.commands:explore",
         "show how a text was decoded: an HTML page, or in the terminal",
+    ),
+    "explore graph": (
+        "transcoder.attribution.command:main",
+        "which features and tokens a prediction comes from",
     ),
 }
 
@@ -79,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = arguments[:1] == ["--debug"]
     if debug:
         del arguments[0]
-    name = " ".join(arguments[: 2 if arguments and arguments[0] in _groups() else 1])
+    name = _name(arguments)
     prog = f"{PROG} {name}" if name in COMMANDS else PROG
     try:
         with _sigterm_as_interrupt(), _anything_printable():
@@ -112,6 +120,14 @@ def wait_politely() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def _name(arguments: Sequence[str]) -> str:
+    """The command that the arguments begin with, of one word or two; or what was given in its place."""
+    two = " ".join(arguments[:2])
+    if arguments and arguments[0] in _groups() and (two in COMMANDS or arguments[0] not in COMMANDS):
+        return two
+    return " ".join(arguments[:1])
 
 
 def _dispatch(name: str, arguments: list[str]) -> int:

@@ -1,5 +1,6 @@
 """What every test shares: fixed seeds, and property tests that draw the same examples each time."""
 
+import os
 import random
 
 import numpy as np
@@ -9,6 +10,9 @@ from hypothesis import settings
 from mdlm_interp.__main__ import wait_politely
 
 wait_politely()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores; each with as many threads as there are cores would be slower.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402  (after the setting that its threads read when they start)
 

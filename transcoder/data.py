@@ -120,9 +120,13 @@ def infer_shape(store: RowStore, input_hook: str, output_hook: str) -> tuple[int
         StoreError: If a hook point is missing.
     """
     present = set(store.hooks)
+    # The last block of which there is either: a store that ends with some input has lost the outputs.
     n_layers = 0
-    while hook_names(output_hook, n_layers + 1)[-1] in present:
-        n_layers += 1
+    for block in range(
+        1 + max((int(name.split(".")[1]) for name in present if name.startswith("blocks.")), default=-1)
+    ):
+        if {hook_names(output_hook, block + 1)[-1], hook_names(input_hook, block + 1)[-1]} & present:
+            n_layers = block + 1
     for name in (*hook_names(output_hook, max(1, n_layers)), *hook_names(input_hook, max(1, n_layers))):
         if name not in present:
             raise StoreError(

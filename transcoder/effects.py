@@ -24,6 +24,7 @@ from mdlm_interp.hooks import HookPoint
 from mdlm_interp.shapes import Float, Int64
 from transcoder.evaluation import masked_log_probs
 from transcoder.feature_edits import FeatureEdit
+from transcoder.interventions.metrics import log_odds
 from transcoder.replacement import ReplacementModel
 
 
@@ -126,13 +127,14 @@ def feature_effects(
     model = replacement.model
     with torch.no_grad():
         before = model(input_ids, timesteps)[0, position]
+        odds = log_odds(0, token)
         effects: list[FeatureEffect] = []
         for candidate in tqdm(candidates, desc="ablate", unit="feature", disable=None if progress else True):
             after = ablated_logits(replacement, input_ids, candidate, timesteps)[0, position]
             effects.append(
                 FeatureEffect(
                     **vars(candidate),
-                    logit_change=float(_log_odds(after, token) - _log_odds(before, token)),
+                    logit_change=float(odds(after[None, None]) - odds(before[None, None])),
                     probability_before=float(_probabilities(before)[token]),
                     probability_after=float(_probabilities(after)[token]),
                 )
@@ -172,7 +174,7 @@ def _output_gradients(
     with torch.enable_grad(), replacement.model.hooks(dict.fromkeys(names, add_zero)):
         logits = replacement.model(input_ids, timesteps)
         gradients = torch.autograd.grad(
-            _log_odds(logits[0, position], token), [added[name] for name in names]
+            log_odds(position, token)(logits).sum(), [added[name] for name in names]
         )
     return torch.stack([gradient[0] for gradient in gradients])
 
@@ -183,12 +185,6 @@ def _check_target(replacement: ReplacementModel, input_ids: Tensor, position: in
         raise DataError(f"position must be in [0, {input_ids.shape[1]}), got {position}")
     if not 0 <= token < mask_id:
         raise DataError(f"token must be in [0, {mask_id}), which leaves out the mask, got {token}")
-
-
-def _log_odds(logits: Float[Tensor, " vocab"], token: int) -> Float[Tensor, ""]:
-    # The mask is the last token; SUBS makes it impossible.
-    is_other = torch.arange(logits.shape[0] - 1, device=logits.device) != token
-    return logits[token] - logits[:-1][is_other].logsumexp(0)
 
 
 def _probabilities(logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:

@@ -168,7 +168,8 @@ class ReplacementModel:
         A replaced layer is reconstructed from the features of all layers up to it, replaced or not.
 
         Args:
-            errors: Added to the reconstructions; from `error_terms`, on the same input.
+            errors: Added to the reconstructions; from `error_terms`, on the same input, or on the one sequence that
+                all of a batch are.
         """
         reading, writing = self.splice_hooks(layers, errors)
         with self._hooks(reading, read_only=True), self._hooks(writing):
@@ -188,7 +189,7 @@ class ReplacementModel:
         def write(target: int) -> HookFunction:
             def replace(tensor: Tensor, hook: HookPoint) -> Tensor:
                 y_hat = reconstruction.take(target)
-                return y_hat if errors is None else errors.terms[target].added_to(y_hat)
+                return y_hat if errors is None else _expanded(errors.terms[target], y_hat).added_to(y_hat)
 
             return replace
 
@@ -287,3 +288,11 @@ class ReplacementModel:
             if functions:
                 stack.enter_context(self.model.hooks(functions, read_only=read_only))
             yield
+
+
+def _expanded(term: ErrorTerm, y_hat: Tensor) -> ErrorTerm:
+    """The term of one sequence, for a batch of it."""
+    if len(term.high) != 1 or len(y_hat) == 1:
+        return term
+    low = None if term.low is None else term.low.expand_as(y_hat)
+    return ErrorTerm(term.high.expand_as(y_hat), low)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from capture.reader import ActivationStore
+from mdlm_interp.errors import StoreError
 from mdlm_interp.shapes import Int64
 from transcoder.batches import Batch, Batches, StoreBatches, held_out_batches
 from transcoder.config import CLTRunConfig, TranscoderConfig
@@ -112,4 +113,11 @@ class StoreSource:
             return None
         hooks = list(dict.fromkeys([*shape.input_hooks, *shape.output_hooks]))
         seed = self._config.train.seed
-        return verified_targets(self._store, hooks, self._config.model, n_sequences=count, seed=seed)
+        found = verified_targets(self._store, hooks, self._config.model, n_sequences=count, seed=seed)
+        if found["n_blocks"] != shape.n_layers:
+            config = self._config
+            raise StoreError(
+                f"a transcoder stands for the MLPs of all {found['n_blocks']} blocks of the model, and the store has "
+                f"the hook points of {shape.n_layers}; capture {config.input_hook!r} and {config.output_hook!r} of all"
+            )
+        return found

@@ -72,7 +72,11 @@ def verified_targets(
     samples = [_sample(store, number, hooks) for number in numbers]
     exact = store.config.get("arithmetic", "native") == "exact"
     found = proof(network, samples, name=str(store.name), dtype=store.dtype, exact=exact)
-    return {**found, "weights_sha256": store.provenance["weights_sha256"]}
+    return {
+        **found,
+        "weights_sha256": store.provenance["weights_sha256"],
+        "n_blocks": network.config.n_blocks,
+    }
 
 
 def proof(

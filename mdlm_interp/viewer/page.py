@@ -14,6 +14,7 @@ import html
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,18 @@ from mdlm_interp.errors import DataError, OutputExistsError
 FRAME_STYLE, FRAME_SCRIPT = "page.css", "page.js"
 MAX_BYTES = 200 * 2**20
 """Larger pages keep a browser busy for minutes."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A page of the same site, as another page names it."""
+
+    name: str
+    href: str
+    """Relative, so that the directory can be moved."""
+    current: bool = False
+    """Whether it is the page that shows the link."""
+
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -37,7 +50,7 @@ _PAGE = """<!doctype html>
 <style>{style}</style>
 </head>
 <body>
-<header class="page-head"><h1>{title}</h1></header>
+{nav}<header class="page-head"><h1>{title}</h1></header>
 {body}
 <noscript><p>This page shows its data with a script; allow it for this file.</p></noscript>
 <script type="application/json" id="page-data">{data}</script>
@@ -48,7 +61,13 @@ _PAGE = """<!doctype html>
 
 
 def html_page(
-    *, title: str, body: str, data: Mapping[str, Any], styles: Sequence[str] = (), scripts: Sequence[str] = ()
+    *,
+    title: str,
+    body: str,
+    data: Mapping[str, Any],
+    styles: Sequence[str] = (),
+    scripts: Sequence[str] = (),
+    nav: Sequence[Link] = (),
 ) -> str:
     """A whole page.
 
@@ -58,6 +77,7 @@ def html_page(
         data: What JSON can hold; the scripts read it with `pageData()`.
         styles: Names of the package's files in `viewer/static`, beside the frame's own.
         scripts: Likewise, in the order in which they run.
+        nav: Pages of the same site, shown above the heading.
     Raises:
         DataError: If the data hold NaN, an infinity or what JSON has no form for, or are too large.
     """
@@ -68,8 +88,25 @@ def html_page(
         "base-uri 'none'; form-action 'none'"
     )
     return _PAGE.format(
-        policy=policy, title=html.escape(title), style=style, body=body, data=script_json(data), script=script
+        policy=policy,
+        title=html.escape(title),
+        style=style,
+        nav=_nav(nav),
+        body=body,
+        data=script_json(data),
+        script=script,
     )
+
+
+def _nav(links: Sequence[Link]) -> str:
+    if not links:
+        return ""
+    here = ' aria-current="page"'
+    made = (
+        f'<a href="{html.escape(link.href)}"{here if link.current else ""}>{html.escape(link.name)}</a>'
+        for link in links
+    )
+    return f'<nav class="pages" aria-label="Pages">{" ".join(made)}</nav>\n'
 
 
 def script_json(data: Mapping[str, Any]) -> str:

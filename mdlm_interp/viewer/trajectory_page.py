@@ -17,7 +17,7 @@ from torch import Tensor
 from mdlm_interp.decoding.trajectory import Trajectory
 from mdlm_interp.errors import DataError
 from mdlm_interp.viewer.film import given
-from mdlm_interp.viewer.page import html_page, static
+from mdlm_interp.viewer.page import Link, html_page, static
 from mdlm_interp.viewer.text import Decoder, visible
 
 UNREADABLE = "\ufffd"
@@ -31,12 +31,14 @@ def trajectory_page(
     *,
     title: str = "Decoding",
     sequences: Sequence[int] | None = None,
+    nav: Sequence[Link] = (),
 ) -> str:
     """A page that plays a trajectory.
 
     Args:
         tokenizer: Of the model that wrote it.
         sequences: Rows of the batch to show, from 0; all if none.
+        nav: Pages of the same site.
     Raises:
         DataError: If the tokenizer's mask is another, a row does not exist, or the page would be too large.
     """
@@ -66,6 +68,7 @@ def trajectory_page(
         data=data,
         styles=["trajectory.css"],
         scripts=["trajectory_model.js", "trajectory_details.js", "trajectory.js"],
+        nav=nav,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def test_the_weights_of_another_model_are_refused(store, tmp_path, config):
     model.save_pretrained(tmp_path / "other")
     load_tokenizer(config.model).save(tmp_path / "other")
     with pytest.raises(
-        StoreError, match=r"was captured with weights_sha256 .* name the model of the store with --model"
+        StoreError, match=r"was captured with weights_sha256 .* name the store's own with --model"
     ):
         verify_rows(store, str(tmp_path / "other"), batches=1)
 
@@ -192,3 +193,18 @@ def test_a_manifest_of_another_capture_is_no_json_trick(store):
     (Path(store.path) / MANIFEST).write_text(json.dumps(text))
     with pytest.raises(StoreError, match="does not match its own SHA-256"):
         open_store(store.path)
+
+
+def test_a_moved_model_is_named_and_the_recorded_tokenizer_stays(config, tmp_path):
+    """The tokenizer came from elsewhere: the model's directory has none."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(config.model) / name, bare / name)
+    words = shutil.copytree(config.model, tmp_path / "words")
+    out = str(tmp_path / "of-two.zarr")
+    run_capture(replace(config, model=str(bare), tokenizer=str(words), out=out))
+    moved = bare.rename(tmp_path / "moved")
+    assert verify_store(out, model=str(moved)).bitwise
+    elsewhere = words.rename(tmp_path / "elsewhere")
+    assert verify_store(out, model=str(moved), tokenizer=str(elsewhere)).bitwise

@@ -113,7 +113,7 @@ def test_a_function_that_does_not_take_two_arguments_is_refused(model, unchecked
         torch.add,  # does not say what it takes
         torch.nn.Identity(),
     ],
-    ids=str,
+    ids=["two", "more with a default", "any", "partial", "print", "torch.add", "module"],
 )
 def test_whatever_takes_two_arguments_is_taken(model, function):
     with model.hooks(UserDict({NAME: function})):

@@ -152,6 +152,22 @@ def test_a_missing_hook_is_named_with_what_to_capture(store):
 
 
 @pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        (("blocks.*.mlp.hook_in", "blocks.0.hook_mlp_out"), r"no 'blocks\.1\.hook_mlp_out'"),
+        (("blocks.*.hook_mlp_out", "blocks.0.mlp.hook_in"), r"no 'blocks\.1\.mlp\.hook_in'"),
+        (
+            ("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"),
+            "MLPs of all 3 blocks of the model, and the store has the hook points of 1; capture",
+        ),
+    ],
+)
+def test_a_store_of_some_blocks_is_refused_before_training(capture, run_config, hooks, message):
+    with pytest.raises(StoreError, match=message):
+        train(replace(run_config, store=capture(hooks=hooks).path))
+
+
+@pytest.mark.parametrize(
     "changes", [{}, {"t_bins": 2, "window_chunks": 4}, {"select": "masked", "batch_size": 20}]
 )
 @pytest.mark.parametrize("world_size", [1, 2, 5])

@@ -65,7 +65,7 @@ def test_a_zstandard_file_may_begin_with_a_frame_without_content(write, texts):
 
 
 def test_a_checksum_that_does_not_fit_is_refused(write, refusal):
-    whole = bytearray(gzip.compress(HELLO * 100))
+    whole = bytearray(gzip.compress(HELLO * 100, mtime=0))
     whole[-4] ^= 1  # the length
     assert refusal(write("a.txt.gz", bytes(whole))) == (
         " is damaged (Incorrect length of data produced); copy or download it again"
@@ -91,7 +91,7 @@ def test_a_mark_at_the_start_of_a_text_is_no_part_of_it(write, texts):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", gzip.compress(HELLO), " holds gzip data, not plain text; rename it to a.txt.gz"),
+        ("a.txt", gzip.compress(HELLO, mtime=0), " holds gzip data, not plain text; rename it to a.txt.gz"),
         ("a.jsonl", zst(HELLO), " holds zstandard data, not plain text; rename it to a.jsonl.zst"),
         ("a.TXT", lzma.compress(HELLO), " holds xz data, not plain text; rename it to a.TXT.xz"),
         ("a.txt", b"PAR1....PAR1", " holds a parquet file, not plain text; rename it to a.parquet"),

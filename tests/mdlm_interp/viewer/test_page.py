@@ -62,6 +62,7 @@ def test_the_files_of_pages_load_nothing_and_make_no_markup_from_text(file):
     text = file.read_text("utf-8")
     loads = r"https?:|//\w+\.|@import|url\(|fetch\(|import\("
     makes_markup = r"</script|</style|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\("
+    text = text.replace('"http://www.w3.org/2000/svg"', "")  # the name of a language, which nothing fetches
     assert re.findall(f"{loads}|{makes_markup}|\r", text) == []
     assert len(text.splitlines()) < 300
 
