@@ -45,7 +45,7 @@ def test_the_python_and_console_blocks_run_in_order(here, capsys):
             exec(compile(body, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102  (our own text)
         elif language == "console":
             for line in body.strip().splitlines():
-                program, *arguments = shlex.split(line.removeprefix("$ "))
+                program, *arguments = shlex.split(line.removeprefix("$ "), comments=True)
                 assert program == "mdlm-interp"
                 assert main(arguments) == 0, line
     assert (here / "run.zarr" / "zarr.json").exists()
