@@ -8,9 +8,11 @@ and is used only for the same text, tokenizer and share of held-out documents.
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdlm_interp.atomic_files import replacing_directory
+from mdlm_interp.atomic_files import replacing_directory, write_errors
 from mdlm_interp.checkpoints import sha256_of
 from mdlm_interp.documents import expand_files
 from mdlm_interp.errors import DataError
@@ -33,6 +35,25 @@ from mdlm_interp.training.data import (
 RECORD = "tokens.json"
 SIDES = {False: "train", True: "held_out"}
 """Names of the files, by whether they are held out."""
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Let runs that start together wait for the one that makes the directory."""
+    if directory.exists():
+        yield
+        return
+    lock = directory.with_name(f".{directory.name}.lock")
+    with write_errors(directory):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Whoever waits for it, or makes another one, finds the directory if all went well.
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def mapped_streams(
@@ -51,8 +72,9 @@ def mapped_streams(
         "tokenizer_sha256": tokenizer.sha256,
         "held_out_share": held_out_share,
     }
-    if not directory.exists():
-        _write(directory, files, tokenizer, held_out_share, made_of)
+    with _one_at_a_time(directory):
+        if not directory.exists():
+            _write(directory, files, tokenizer, held_out_share, made_of)
     record = _read_record(directory, made_of)
     train, held_out = (_mapped(directory, name, record) for name in SIDES.values())
     sizes = record["bytes"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from mdlm_interp.errors import DataError
+from mdlm_interp.training import token_cache
 from mdlm_interp.training.data import read_streams
 from mdlm_interp.training.learner import LearnerRecipe
 from mdlm_interp.training.text import TextRecipe
@@ -129,3 +132,19 @@ def test_a_cache_that_could_not_be_finished_is_not_there(cache, text_file, token
         mapped_streams(cache, [text_file], tokenizer, 1e-9)
     assert not cache.exists()
     assert list(cache.parent.iterdir()) == []
+
+
+def test_runs_that_start_together_share_one_cache(cache, text_file, tokenizer, monkeypatch):
+    written, original = [], token_cache._write
+
+    def slow(*arguments):
+        written.append(arguments[0])
+        time.sleep(0.3)
+        original(*arguments)
+
+    monkeypatch.setattr(token_cache, "_write", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: mapped_streams(cache, [text_file], tokenizer, 0.2), range(3)))
+    assert len(written) == 1
+    assert all(np.array_equal(streams.train, found[0].train) for streams in found)
+    assert [path.name for path in cache.parent.iterdir() if path.name.startswith(".")] == []
