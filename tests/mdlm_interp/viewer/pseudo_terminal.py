@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
+TAKE = (
+    # Ctrl-C is ignored by what a shell without job control starts in the background, and by its children.
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); os.login_tty(0)"
+)
 COMMAND = "from mdlm_interp.__main__ import main; sys.exit(main(sys.argv[1:]))"
 OPEN, CLOSE, CURSOR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25h"
 """Enter and leave the second screen; show the cursor."""
@@ -33,7 +37,7 @@ class Terminal:
         unwanted = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
         environment = {name: value for name, value in os.environ.items() if name not in unwanted}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"import os, sys; os.login_tty(0); {statements}", *map(str, arguments)],
+            [sys.executable, "-c", f"{TAKE}; {statements}", *map(str, arguments)],
             stdin=self._theirs,
             stdout=self._theirs,
             stderr=self._theirs,
