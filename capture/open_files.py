@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -129,23 +128,26 @@ class FileCache:
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         quarter = MOST_FILES if allowed == resource.RLIM_INFINITY else max(allowed // 4, 16)
         self.limit = min(quarter, MOST_FILES) if limit is None else limit
-        # Each operation on it is atomic; between two, another thread may drop the file.
-        self._files: OrderedDict[str, OpenFile] = OrderedDict()
+        # By last use. Each operation of a dict is atomic, also while the file that it drops is being closed (an
+        # OrderedDict's are not); between two of them another thread may come, and then a file is opened once more.
+        self._files: dict[str, OpenFile] = {}
 
     def __len__(self) -> int:
         return len(self._files)
 
     def get(self, path: str) -> OpenFile | None:
         """The file, if it is open."""
-        file = self._files.get(path)
+        file = self._files.pop(path, None)
         if file is not None:
-            with suppress(KeyError):
-                self._files.move_to_end(path)
+            self._files[path] = file
         return file
 
     def add(self, file: OpenFile) -> None:
         """Keep a file open; drops the one that was not used for longest."""
         self._files[file.path] = file
         while len(self._files) > self.limit:
-            with suppress(KeyError):  # other threads dropped them all meanwhile
-                self._files.popitem(last=False)
+            try:
+                oldest = next(iter(self._files))
+            except (StopIteration, RuntimeError):  # another thread came between
+                continue
+            self._files.pop(oldest, None)
