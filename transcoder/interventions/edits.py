@@ -15,6 +15,7 @@ place act in the order of the list, each on what the one before left.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -43,7 +44,7 @@ PLACES = ("hook", "feature", "head", "edge")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Edit:
+class Edit(ABC):
     """A place in the model, where and when; what happens there is the subclass's."""
 
     hook: str | None = None
@@ -109,9 +110,9 @@ class Edit:
         after = self.new(before, place)
         return after if mask is None else torch.where(mask, after, before)
 
+    @abstractmethod
     def new(self, before: Tensor, place: AnyPlace) -> Tensor:
         """The part if the edit acted everywhere."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
