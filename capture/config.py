@@ -12,7 +12,7 @@ from capture.schema import StoredType
 from mdlm_interp.config_files import to_mapping
 from mdlm_interp.errors import ConfigError
 
-RUN_ONLY = frozenset({"out", "endpoint", "rank", "world_size", "any_disk"})
+RUN_ONLY = frozenset({"out", "endpoint", "rank", "world_size", "any_disk", "forwards"})
 """Fields that say how a capture runs and not what is in the store; a store does not keep them."""
 
 
@@ -64,6 +64,8 @@ class CaptureConfig:
     """Sequences per forward pass; it changes native activations by rounding only, tokens and masks never."""
     shard_rows: int | None = None
     """Rows of a shard file, and between commits, a multiple of 256; none takes 16,384. A URL keeps three in memory."""
+    forwards: int | None = None
+    """Forward passes side by side, each on its share of torch's threads; none takes 2 on a CPU with several threads."""
     rank: int | None = None
     """Which of world_size processes this is, from 0; none takes RANK of torchrun, or 0."""
     world_size: int | None = None
@@ -88,6 +90,7 @@ class CaptureConfig:
             "every",
             "per_sequence",
             "world_size",
+            "forwards",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -122,6 +125,10 @@ class CaptureConfig:
                 raise ConfigError(
                     f"{name} is for text, got {getattr(self, name)!r} with a sampler; leave it out"
                 )
+        if self.forwards not in (None, 1):
+            raise ConfigError(
+                f"forwards must be 1 with a sampler, which decodes between them, got {self.forwards}; leave it out"
+            )
 
     def _check_times(self) -> None:
         if self.times == "fixed" and not self.time:

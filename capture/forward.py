@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from itertools import groupby
 
 import numpy as np
@@ -36,6 +37,12 @@ class Forward:
         self.stop_at_block = last_block_needed(self._checked)
         self.shapes = {hook: row_shape(hook, model.config) for hook in hooks}
         """Of one row of each."""
+
+    def twin(self) -> Forward:
+        """Another that may run at the same time: the same weights, with hook points of its own."""
+        weights = [*self._model.parameters(), *self._model.buffers()]
+        model = deepcopy(self._model, {id(tensor): tensor for tensor in weights})
+        return Forward(model, self._hooks, together=self._together)
 
     def __call__(
         self, batch: Batch, *, check: bool, out: Mapping[str, Tensor] | None = None

@@ -252,8 +252,13 @@ class ShuffledRows:
 
     def _prefetch_after(self, epoch: int, window: int) -> None:
         """Let the disk work on the next window while this one is used."""
-        following = (epoch, window + 1) if window + 2 < len(self._share(epoch).bounds) else (epoch + 1, 0)
-        self.store.prefetch(self._window_rows(*following)[0], self.hooks)
+        self.store.prefetch(self._window_rows(*self._following(epoch, window))[0], self.hooks)
+
+    def _following(self, epoch: int, window: int) -> tuple[int, int]:
+        """Epoch and number of the next window that a batch wants."""
+        bounds = self._share(epoch).bounds
+        used = min(int(bounds[-1]), self.steps_per_epoch * self.batch_size)
+        return (epoch, window + 1) if bounds[window + 1] < used else (epoch + 1, 0)
 
     def _count(self) -> NDArray[np.int64]:
         """Selected rows of each chunk."""

@@ -27,12 +27,14 @@ def provenance(
     config: CaptureConfig,
     sources: Sources | None = None,
     schedule: LogLinearSchedule,
+    threads: int,
 ) -> dict[str, Any]:
     """The record, as JSON holds it.
 
     Args:
         config: With its files expanded.
         sources: Those files, if they are hashed already.
+        threads: Of one forward pass.
     """
     return {
         **model_record(model_directory, model, tokenizer),
@@ -42,7 +44,7 @@ def provenance(
         # Native rounding differs between batch shapes, thread counts and instruction sets; nothing else does.
         "arithmetic": config.arithmetic,
         "batch_shape": [config.batch_size if config.pack == "blocks" else 1, config.length],
-        **stack_record(model),
+        **stack_record(model, threads),
     }
 
 
@@ -55,11 +57,11 @@ def model_record(directory: Path, model: HookedMDLM, tokenizer: Tokenizer) -> di
     }
 
 
-def stack_record(model: HookedMDLM) -> dict[str, Any]:
-    """What the forward pass runs on."""
+def stack_record(model: HookedMDLM, threads: int) -> dict[str, Any]:
+    """What a forward pass on that many threads runs on."""
     return {
         "device": device_name(next(model.parameters()).device),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "cpu": {"machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()},
         "versions": {
             "mdlm_interp": __version__,

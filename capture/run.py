@@ -32,11 +32,11 @@ from capture.finish import clean, done_name, finish, has_leftovers
 from capture.forecast import duration, forecast, refuse_full_disk
 from capture.forward import Forward
 from capture.manifest import ResumePoint
+from capture.passes import Passes, Shares
 from capture.places import Place, place_of
 from capture.plan import SCHEDULE, Batch, batches, read_blocks
 from capture.provenance import provenance
 from capture.reader import ActivationStore, open_store
-from capture.row_pool import RowPool
 from capture.sources import Sources, refuse_repeated
 from capture.store_files import read_manifest
 from capture.writer import Rows, StoreWriter
@@ -67,6 +67,8 @@ class Request:
     """Of the model."""
     tokenizer: Tokenizer
     layout: schema.Layout
+    shares: Shares
+    """Of this process's threads among forward passes."""
     rank: int
     world_size: int
 
@@ -109,6 +111,7 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
             config=request.config,
             sources=sources,
             schedule=SCHEDULE,
+            threads=request.shares.threads,
         ),
     }
     manifest = begin(place, request.layout, attributes, expected.rows, request.rank, request.world_size)
@@ -161,6 +164,7 @@ def prepared(config: CaptureConfig) -> Request:
         directory=directory,
         tokenizer=tokenizer,
         layout=layout,
+        shares=Shares.of(config.forwards, alone=runs_alone(config, device)),
         rank=rank,
         world_size=world_size,
     )
@@ -277,6 +281,11 @@ def recordable_hooks(patterns: Sequence[str], model: HookedMDLM) -> list[str]:
     return hooks
 
 
+def runs_alone(config: CaptureConfig, device: torch.device) -> bool:
+    """Whether one forward pass at a time is best: it has all threads already, or needs them between passes."""
+    return device.type != "cpu" or config.arithmetic == "exact" or config.sampler is not None
+
+
 def forward_of(model: HookedMDLM, hooks: Sequence[str], config: CaptureConfig) -> Forward:
     """The forward pass in the arithmetic that was asked for."""
     return Forward(in_arithmetic(model, config), hooks, together=config.pack == "blocks")
@@ -319,27 +328,36 @@ def _write(
     layout = request.layout
     resume = manifest.shards[-1].resume if manifest.shards else None
     rows = 0
-    pool = RowPool(forward.shapes)
     with (
         _bar(request, manifest, progress) as bar,
         _writing(place, request, manifest) as writer,
+        Passes(forward, request.shares) as passes,
     ):
-        for batch in request.batches(resume):
+        for batch, lent in passes.run(_jobs(request.batches(resume), writer, layout.shard_rows)):
             rows = batch.stop
-            if writer.wants(batch.start, batch.stop):
-                first_of_shard = batch.start // layout.shard_rows != (batch.stop - 1) // layout.shard_rows
-                check = first_of_shard or batch.start % layout.shard_rows == 0
+            if lent is not None:
                 if batch.start // layout.shard_rows != batch.stop // layout.shard_rows:
                     # This batch fills a shard, of which every row has been read by now.
                     sources.refuse_changed(place.name)
-                acts, release = pool.take(batch.stop - batch.start)
-                forward(batch, check=check, out=acts)
+                acts, release = lent
                 writer.append(batch_rows(batch, acts, request.tokenizer.mask_id, release))
             bar.update(batch.stop - bar.n)
         # Before the last, shorter shard is committed and the text counts as read to its end.
         sources.refuse_changed(place.name)
     place.replace(done_name(request.rank, request.world_size), str(rows).encode())
     return rows
+
+
+def _jobs(
+    planned: Iterator[Batch], writer: StoreWriter, shard_rows: int
+) -> Iterator[tuple[Batch, bool | None]]:
+    """Each batch, and whether it is checked, as the first of every shard is; none is for other ranks."""
+    for batch in planned:
+        if not writer.wants(batch.start, batch.stop):
+            yield batch, None
+            continue
+        first_of_shard = batch.start // shard_rows != (batch.stop - 1) // shard_rows
+        yield batch, first_of_shard or batch.start % shard_rows == 0
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -190,7 +191,8 @@ def verify_rows(
     directory = resolve_source(config.model)
     network = HookedMDLM.from_pretrained(directory)
     words = load_tokenizer(config.tokenizer or config.model)
-    now = {**model_record(directory, network, words), **stack_record(network)}
+    threads = store.provenance["threads"]
+    now = {**model_record(directory, network, words), **stack_record(network, threads)}
     for key in ("weights_sha256", "tokenizer_sha256"):
         if store.provenance[key] != now[key]:
             kind = key.partition("_")[0]
@@ -206,11 +208,23 @@ def verify_rows(
     again = None
     if config.sampler is not None and bitwise:
         again = Decodings(config, in_arithmetic(network, config), words)
-    for batch in islice(sampled_batches(store, config, words.mask_id, seed, again), batches):
-        acts = forward(batch, check=True)
-        largest = max(largest, _compare(store, batch, acts, bitwise=bitwise))
-        rows, done = rows + batch.stop - batch.start, done + 1
+    with on_threads(threads):
+        for batch in islice(sampled_batches(store, config, words.mask_id, seed, again), batches):
+            acts = forward(batch, check=True)
+            largest = max(largest, _compare(store, batch, acts, bitwise=bitwise))
+            rows, done = rows + batch.stop - batch.start, done + 1
     return Verification(files=0, size=0, batches=done, rows=rows, bitwise=bitwise, largest=largest)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Forward passes have this many threads, as those that made a store; native bits depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def recorded_config(store: ActivationStore, model: str | None, tokenizer: str | None = None) -> CaptureConfig:

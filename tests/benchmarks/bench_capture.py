@@ -1,6 +1,6 @@
 """Tokens/s of a capture of 24 hook points ÷ those of the bare forward pass, and what of it is writing.
 
-1. capture: `Forward` and `StoreWriter` as `run_capture` uses them, durable and checksummed, on the default
+1. capture: `Passes` and `StoreWriter` as `run_capture` uses them, durable and checksummed, on the default
    disk; each side a fixed number of batches, in turns, the median of the rounds.
 2. bare: the same model over the same batches with nobody listening: the forward pass to the logits, and the
    shorter one to the last recorded block, which is what a capture runs.
@@ -33,9 +33,9 @@ from capture import manifest as manifests
 from capture import schema
 from capture.begin import begin
 from capture.forward import Forward
+from capture.passes import Passes, Shares
 from capture.places import Directory
 from capture.plan import Batch, PlannedSequence
-from capture.row_pool import RowPool
 from capture.run import batch_rows
 from capture.writer import StoreWriter
 from mdlm_interp.__main__ import wait_politely
@@ -129,15 +129,14 @@ def capture_seconds(model: HookedMDLM, hooks: list[str], case: Case, out: Path) 
     attributes = {"config": {"arithmetic": "exact"}, "provenance": {}}
     manifest = begin(place, layout, attributes, case.batches * case.batch * case.length, 0, 1)
     forward = Forward(model, hooks, together=True)
-    pool = RowPool(forward.shapes)
     work = list(planned(case))
     place.commits.clear()
     start = time.perf_counter()
     writer = StoreWriter(place, layout, manifest)
-    for batch in work:
-        acts, release = pool.take(batch.stop - batch.start)
-        forward(batch, check=False, out=acts)
-        writer.append(batch_rows(batch, acts, case.config.vocab_size - 1, release))
+    with Passes(forward, Shares.of(None, alone=False)) as passes:
+        for batch, lent in passes.run((batch, False) for batch in work):
+            assert lent is not None
+            writer.append(batch_rows(batch, lent[0], case.config.vocab_size - 1, lent[1]))
     writer.close()
     return time.perf_counter() - start, place.commits
 

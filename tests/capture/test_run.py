@@ -11,6 +11,7 @@ from torch import Tensor
 
 from capture import CaptureConfig, run_capture
 from capture.forward import last_block_needed
+from capture.verify import on_threads
 from mdlm_interp import HookedMDLM, load_tokenizer
 from mdlm_interp.checkpoints import sha256_of
 from mdlm_interp.diffusion import LogLinearSchedule, corrupt, sequence_times
@@ -71,7 +72,7 @@ def test_activations_are_bitwise_those_of_run_with_cache_on_the_same_batch(confi
     _, _, xt, _ = recomputed(config)
     for first in (0, 16):
         batch = xt[first : first + 16]
-        with torch.inference_mode():
+        with torch.inference_mode(), on_threads(store.provenance["threads"]):
             _, cache = model.run_with_cache(batch, hooks)
         found = store.read(slice(first * 24, first * 24 + batch.numel()))
         assert list(found) == list(cache) == list(store.hooks)
@@ -165,7 +166,8 @@ def test_provenance_names_every_input_by_hash(config, model_directory):
     assert record["batch_shape"] == [16, 24]
     assert record["arithmetic"] == "native"
     assert record["schedule"] == {"name": "log-linear", "eps": 1e-3, "min_time": 1e-3}
-    assert record["threads"] == torch.get_num_threads()
+    # Two forward passes share them.
+    assert record["threads"] == max(1, torch.get_num_threads() // 2)
     assert record["versions"]["torch"] == torch.__version__
     assert {"mdlm_interp", "numpy", "zarr"} <= set(record["versions"])
 

@@ -1,0 +1,162 @@
+"""Forward passes side by side: the batches' order, the same bytes, errors in their place, threads given back."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from capture import run_capture
+from capture.forward import Forward
+from capture.passes import AHEAD, Passes, Shares
+from capture.run import prepared
+from capture.verify import on_threads, verify_store
+from mdlm_interp.errors import ConfigError, HookError
+
+HOOKS = ["blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"]
+
+
+@pytest.fixture
+def four_threads():
+    with on_threads(4):
+        yield
+
+
+@pytest.fixture
+def planned(config):
+    """A forward pass and six batches of four sequences."""
+    request = prepared(replace(config, batch_size=4))
+    forward = Forward(request.network, HOOKS, together=True)
+    return forward, list(request.batches(None))
+
+
+def slower_first(monkeypatch):
+    """The first pass to start of each pair ends last; names of the threads that ran one."""
+    run, names, numbers = Forward._run, [], iter(range(1000))
+
+    def slow(self, *args):
+        if next(numbers) % 2 == 0:
+            time.sleep(0.1)
+        names.append(threading.current_thread().name)
+        run(self, *args)
+
+    monkeypatch.setattr(Forward, "_run", slow)
+    return names
+
+
+def test_activations_come_in_the_order_of_the_batches_whichever_pass_ends_first(
+    planned, monkeypatch, four_threads
+):
+    forward, batches = planned
+    with on_threads(2):
+        alone = [
+            {hook: acts.clone() for hook, acts in forward(batch, check=True).items()} for batch in batches
+        ]
+    names = slower_first(monkeypatch)
+    with Passes(forward, Shares.of(None, alone=False)) as passes:
+        for number, (batch, lent) in enumerate(passes.run((batch, True) for batch in batches)):
+            assert batch is batches[number]
+            for hook in HOOKS:
+                assert torch.equal(lent[0][hook], alone[number][hook])
+            lent[1]()
+    assert len(set(names)) == 2
+
+
+def test_batches_of_others_keep_their_place(planned, four_threads):
+    forward, batches = planned
+    with Passes(forward, Shares(2, 2)) as passes:
+        jobs = ((batch, None if number % 2 else False) for number, batch in enumerate(batches))
+        found = [(batch, lent is not None) for batch, lent in passes.run(jobs)]
+    assert found == [(batch, number % 2 == 0) for number, batch in enumerate(batches)]
+
+
+def test_few_batches_are_read_ahead(planned, four_threads):
+    forward, batches = planned
+    read = []
+    with Passes(forward, Shares(2, 2)) as passes:
+        for number, _ in enumerate(passes.run((read.append(batch) or batch, False) for batch in batches)):
+            assert len(read) <= number + 2 + AHEAD + 1
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_a_store_depends_on_the_threads_of_a_pass_and_not_on_how_many_run(
+    config, small_shards, four_threads, tmp_path, passes
+):
+    with on_threads(2):
+        alone = run_capture(replace(config, batch_size=4, out=str(tmp_path / "alone"), forwards=1))
+    with on_threads(2 * passes):
+        found = run_capture(replace(config, batch_size=4, forwards=passes))
+    assert found.provenance["threads"] == 2
+    assert found.fingerprint() == alone.fingerprint()
+
+
+def test_exact_passes_side_by_side_give_the_same_bytes(config, small_shards, four_threads, tmp_path):
+    exact = replace(config, batch_size=4, arithmetic="exact", hooks=(HOOKS[0],))
+    alone = run_capture(replace(exact, out=str(tmp_path / "alone")))
+    assert alone.provenance["threads"] == 4  # one pass has them all
+    assert run_capture(replace(exact, forwards=2)).fingerprint() == alone.fingerprint()
+
+
+def test_a_store_is_verified_bit_for_bit_on_the_threads_it_was_made_with(config, small_shards, four_threads):
+    store = run_capture(replace(config, batch_size=4))
+    with on_threads(3):
+        found = verify_store(store.path, batches=100)
+        assert torch.get_num_threads() == 3
+    assert found.bitwise
+    assert found.largest == 0.0
+
+
+def test_an_error_comes_where_its_batch_is_due_and_everything_ends(planned, monkeypatch, four_threads):
+    forward, batches = planned
+    run = Forward._run
+    bad = batches[2].sequences
+
+    def broken(self, sequences, *args):
+        if sequences is bad:
+            raise HookError("the third batch is bad")
+        run(self, sequences, *args)
+
+    monkeypatch.setattr(Forward, "_run", broken)
+    done = []
+    with pytest.raises(HookError, match="the third batch is bad"), Passes(forward, Shares(2, 2)) as passes:
+        done.extend(batch for batch, _ in passes.run((batch, False) for batch in batches))
+    assert done == batches[:2]
+    assert torch.get_num_threads() == 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("capture-forward")]
+
+
+def test_a_twin_has_the_same_weights_and_hook_points_of_its_own(planned):
+    forward, batches = planned
+    twin = forward.twin()
+    for mine, other in zip(forward._model.parameters(), twin._model.parameters(), strict=True):
+        assert mine is other
+    heard = []
+    with forward._model.hooks({HOOKS[0]: lambda acts, hook: heard.append(hook)}, read_only=True):
+        twin(batches[0], check=False)
+    assert not heard
+
+
+@pytest.mark.parametrize(
+    ("threads", "passes", "alone", "expected"),
+    [
+        (8, None, False, (2, 4)),
+        (1, None, False, (1, 1)),
+        (8, None, True, (1, 8)),
+        (8, 3, True, (3, 2)),
+        (1, 2, False, (2, 1)),
+    ],
+)
+def test_threads_are_shared_out(threads, passes, alone, expected):
+    with on_threads(threads):
+        shares = Shares.of(passes, alone=alone)
+    assert (shares.passes, shares.threads) == expected
+
+
+def test_passes_below_one_and_beside_a_sampler_are_refused(config):
+    with pytest.raises(ConfigError, match="forwards must be at least 1, got 0"):
+        replace(config, forwards=0)
+    from capture.sampler_source import SamplerSource
+
+    with pytest.raises(ConfigError, match="forwards must be 1 with a sampler"):
+        replace(config, files=(), sampler=SamplerSource(), forwards=2)
