@@ -85,7 +85,7 @@ class Passes:
     def __exit__(self, *_: object) -> None:
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
-            # torch sets MKL's number for all threads of the process, the caller's among them.
+            # What a thread sets is also what every later thread of the process begins with.
             torch.set_num_threads(self._before)
 
     def run(self, jobs: Iterable[tuple[Batch, bool | None]]) -> Iterator[tuple[Batch, Lent | None]]:

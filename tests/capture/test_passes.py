@@ -63,6 +63,28 @@ def test_activations_come_in_the_order_of_the_batches_whichever_pass_ends_first(
     assert len(set(names)) == 2
 
 
+def test_each_pass_has_its_share_of_the_threads_and_the_caller_all_of_them_again(
+    planned, monkeypatch, four_threads
+):
+    forward, batches = planned
+    seen, run = [], Forward._run
+
+    def counting(self, *args):
+        seen.append(torch.get_num_threads())
+        run(self, *args)
+
+    monkeypatch.setattr(Forward, "_run", counting)
+    with Passes(forward, Shares(2, 2)) as passes:
+        for _ in passes.run((batch, False) for batch in batches):
+            pass
+    assert seen == [2] * len(batches)
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [torch.get_num_threads()] == [4]
+
+
 def test_batches_of_others_keep_their_place(planned, four_threads):
     forward, batches = planned
     with Passes(forward, Shares(2, 2)) as passes:
