@@ -130,9 +130,9 @@ class Tokenizer:
         """Bytes of UTF-8 that the ids stand for; <|endoftext|> and the mask count zero."""
         return sum(self._byte_lengths[token] for token in self._checked(ids))
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write tokenizer.json."""
-        with replacing(directory / "tokenizer.json") as partial:
+        with replacing(Path(directory) / "tokenizer.json") as partial:
             # Not the library's own `save`, which takes no path that is not UTF-8.
             partial.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 

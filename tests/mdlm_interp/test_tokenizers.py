@@ -134,7 +134,7 @@ def test_ids_outside_the_vocabulary_are_refused(gpt2_tokenizer, outside, method)
 
 def test_a_saved_tokenizer_is_the_same(gpt2_tokenizer, tmp_path):
     """Exact: ids and hash, from tokenizer.json."""
-    gpt2_tokenizer.save(tmp_path)
+    gpt2_tokenizer.save(str(tmp_path))
     loaded = load_tokenizer(tmp_path)
     text = f"The capital of é {END_OF_TEXT}\n\n[MASK] 日本"
     assert loaded.encode(text) == gpt2_tokenizer.encode(text)
