@@ -104,8 +104,9 @@ def info(argv: Sequence[str]) -> int:
 
 def verify(argv: Sequence[str]) -> int:
     """Check a store; the first thing that is wrong is the error."""
+    from capture.checked_files import verify_files
     from capture.convert.exported import ExportedStore
-    from capture.verify import BOUND, verify_files, verify_rows
+    from capture.recomputed import BOUND, verify_rows
 
     config = parse_args(VerifyConfig, argv, prog="mdlm-interp capture verify", positional=("store",))
     store = open_store(config.store, endpoint=config.endpoint)

@@ -136,7 +136,8 @@ class ShuffledRows:
         if not least or not self.steps_per_epoch:
             full = f" full batch of {batch_size}" if least else " batch"
             raise DataError(
-                f"{store.name}: {self.n_rows} selected rows over {world_size} ranks make no{full}; select more"
+                f"{store.name}: {self.n_rows} selected rows over {world_size} ranks make no{full}; select more "
+                f"rows or lower batch_size"
             )
         self._share = lru_cache(maxsize=2)(self._draw_share)
         self._windows: dict[tuple[int, int], tuple[RowBatch, NDArray[np.int64]]] = {}

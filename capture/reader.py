@@ -8,31 +8,27 @@ whose checksum does not match, or a file that is gone, is an error that names th
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from zarr.core.sync import sync
 
 from capture import schema
-from capture.manifest import Manifest, check_version
-from capture.open_files import REMEDY
-from capture.places import Directory, Place, place_of
+from capture.places import Place, place_of
+from capture.row_numbers import RowNumbers, Rows
 from capture.statistics import HookStatistics, RunningMoments
 from capture.store_files import RowArray, StoreFiles
+from capture.store_header import StoreHeader
+from capture.stored_values import floats, native
 from mdlm_interp.errors import StoreError, nearest
 from mdlm_interp.shapes import Float64, Int64
 
 BLOCK_BYTES = 2**26
 """Of one hook's rows: what is asked of the disk before it is read, or held in memory to be hashed."""
-
-Rows: TypeAlias = "slice | Sequence[int] | NDArray[np.integer[Any]] | Tensor"
 
 
 def open_store(path: str | Path, *, endpoint: str | None = None) -> ActivationStore:
@@ -49,136 +45,15 @@ def open_store(path: str | Path, *, endpoint: str | None = None) -> ActivationSt
     return open_export(path) or ActivationStore(place_of(path, endpoint))
 
 
-class ActivationStore:
+class ActivationStore(StoreHeader):
     """Activations of a model over noised text, one row a token; `open_store` makes it.
 
     Several threads may use it at a time, and processes forked from this one.
     """
 
     def __init__(self, place: Place, files: StoreFiles | None = None) -> None:
-        self._place, self._files = place, StoreFiles(place) if files is None else files
-        self._rows = self._files.manifest.committed_rows
+        super().__init__(place, files)
         self._acts_by_hook: dict[str, RowArray] = {}
-        attributes = self._files.metadata().get("attributes")
-        if not isinstance(attributes, dict) or attributes.get("format") != schema.FORMAT:
-            raise StoreError(
-                f"{place.name} is a Zarr group, but not one of {schema.FORMAT!r}; was another program's given?"
-            )
-        check_version(attributes.get("schema_version"), f"{place.name}/zarr.json")
-        for name in ("hooks", "dtype", "config", "provenance"):
-            if name not in attributes:
-                raise StoreError(f"{place.name}/zarr.json lacks the attribute {name!r}; {REMEDY}")
-        if attributes["dtype"] not in schema.ARRAY_TYPES:
-            raise StoreError(f"{place.name}/zarr.json has an unknown dtype {attributes['dtype']!r}; {REMEDY}")
-        self._attributes: Mapping[str, Any] = attributes
-        self._hooks = tuple(str(hook) for hook in attributes["hooks"])
-
-    def __len__(self) -> int:
-        """Committed rows."""
-        return self._rows
-
-    def __repr__(self) -> str:
-        state = "complete" if self.complete else "incomplete"
-        return f"ActivationStore({self.name!r}, {len(self)} rows, {len(self.hooks)} hooks, {state})"
-
-    @property
-    def name(self) -> str:
-        """The directory or URL."""
-        return self._place.name
-
-    @property
-    def place(self) -> Place:
-        """What holds the store's files."""
-        return self._place
-
-    @property
-    def path(self) -> Path:
-        """Directory of the store.
-
-        Raises:
-            StoreError: If it is not in a local directory.
-        """
-        if not isinstance(self._place, Directory):
-            raise StoreError(f"{self.name} is no local directory; copy the store to one first")
-        return self._place.root
-
-    @property
-    def files(self) -> StoreFiles:
-        """The arrays as they are stored, for what copies them bit for bit."""
-        return self._files
-
-    @property
-    def manifest(self) -> Manifest:
-        """What is committed, and the shards."""
-        return self._files.manifest
-
-    @property
-    def hooks(self) -> tuple[str, ...]:
-        """Names of the recorded hook points, in execution order."""
-        return self._hooks
-
-    @property
-    def dtype(self) -> schema.StoredType:
-        """Type that activations are stored in; they are read as float32."""
-        dtype: schema.StoredType = self._attributes["dtype"]
-        return dtype
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The resolved `CaptureConfig` as plain values, but for how it was run."""
-        return dict(self._attributes["config"])
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """What the rows came from: hashes, versions, schedule, batch shape."""
-        return dict(self._attributes["provenance"])
-
-    @property
-    def sampled(self) -> bool:
-        """Whether the rows come from a sampler, and not from text that was noised."""
-        return self._attributes["config"].get("sampler") is not None
-
-    @property
-    def row_columns(self) -> Mapping[str, schema.Column]:
-        """The columns of the rows: `schema.ROW_COLUMNS`, and of a sampler's store `schema.SAMPLER_COLUMNS`."""
-        return schema.row_columns(sampled=self.sampled)
-
-    @property
-    def positions(self) -> str:
-        """Which positions of a sequence were recorded: all, masked, unmasked, every or random."""
-        return str(self._attributes["config"].get("positions", "all"))
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence."""
-        return self.manifest.length
-
-    @property
-    def n_sequences(self) -> int:
-        """Sequences whose rows are all committed."""
-        return self.manifest.n_sequences
-
-    @property
-    def planned_rows(self) -> int:
-        """Rows expected when the capture began; of a complete store, those that there are."""
-        return self.manifest.planned_rows
-
-    @property
-    def complete(self) -> bool:
-        """Whether the capture ran to its end."""
-        return self.manifest.complete
-
-    @property
-    def bytes_on_disk(self) -> int:
-        """Bytes of all the store's files."""
-        if not isinstance(self._place, Directory):
-            return int(sync(self._place.zarr_store().getsize_prefix("")))
-        total = 0
-        for top, _, names in os.walk(self._place.root):
-            for name in names:
-                with suppress(FileNotFoundError):  # of a capture that goes on
-                    total += os.path.getsize(os.path.join(top, name))
-        return total
 
     @property
     def layout(self) -> schema.Layout:
@@ -225,7 +100,11 @@ class ActivationStore:
             StoreError: If a row or hook is not in the store, or a file is gone.
         """
         arrays = [self._acts(name) for name in self._names(hooks)]
-        numbers = np.arange(*self._span(rows)) if isinstance(rows, slice) else self._ascending(rows)[0]
+        numbers = (
+            np.arange(*self._numbers().span(rows))
+            if isinstance(rows, slice)
+            else self._numbers().ascending(rows)[0]
+        )
         for array in arrays:
             array.prefetch(numbers)
 
@@ -250,14 +129,14 @@ class ActivationStore:
         stored = dict.fromkeys("seq" if name == "t" and of_sequence else name for name in names)
         arrays = {name: self._files.array(f"rows/{name}") for name in stored}
         if isinstance(rows, slice):
-            start, stop = self._span(rows)
-            columns = {name: _native(array.read(start, stop)) for name, array in arrays.items()}
+            start, stop = self._numbers().span(rows)
+            columns = {name: native(array.read(start, stop)) for name, array in arrays.items()}
         else:
-            ascending, positions = self._ascending(rows)
+            ascending, positions = self._numbers().ascending(rows)
             columns = {name: np.empty(len(ascending), array.dtype) for name, array in arrays.items()}
             for name, array in arrays.items():
                 array.take(ascending, columns[name], positions)
-            columns = {name: _native(values) for name, values in columns.items()}
+            columns = {name: native(values) for name, values in columns.items()}
         if of_sequence:
             times = np.append(self._files.sequence_column("t"), np.nan)
             columns["t"] = times[np.minimum(columns["seq"], len(times) - 1)]
@@ -279,7 +158,7 @@ class ActivationStore:
         """
         if name not in schema.SEQUENCE_COLUMNS:
             raise StoreError(f"{self.name} has no column {name!r}{nearest(name, schema.SEQUENCE_COLUMNS)}")
-        return torch.from_numpy(_native(self._files.sequence_column(name)).copy())
+        return torch.from_numpy(native(self._files.sequence_column(name)).copy())
 
     def sequence_rows(self, seq: int) -> slice:
         """The rows of a committed sequence, in order of their position.
@@ -322,7 +201,7 @@ class ActivationStore:
         if self.complete:
             stored = {name: self._files.array(f"stats/{hook}/{name}") for name in schema.STATISTICS}
             return HookStatistics.from_arrays(
-                {name: _native(array.read(0, array.rows)) for name, array in stored.items()}
+                {name: native(array.read(0, array.rows)) for name, array in stored.items()}
             )
         moments = RunningMoments(shape)
         names = {part: f"stats/{hook}/{part}" for part in ("count", "total", "square")}
@@ -353,10 +232,10 @@ class ActivationStore:
     ) -> dict[str, Tensor]:
         names = self._names(hooks)
         if isinstance(rows, slice):
-            start, stop = self._span(rows)
-            return {name: _floats(self._acts(name).read(start, stop)) for name in names}
+            start, stop = self._numbers().span(rows)
+            return {name: floats(self._acts(name).read(start, stop)) for name in names}
         arrays = [self._acts(name) for name in names]
-        ascending, positions = self._ascending(rows)
+        ascending, positions = self._numbers().ascending(rows)
         values = [np.empty((len(ascending), *array.row), array.dtype) for array in arrays]
         step = max(1, BLOCK_BYTES // max([_row_bytes(array) for array in arrays], default=1))
         for first in range(0, len(ascending), step):
@@ -366,7 +245,10 @@ class ActivationStore:
             for array, out in zip(arrays, values, strict=True):
                 target, at = (out[block], None) if positions is None else (out, positions[block])
                 array.take(ascending[block], target, at, check=check)
-        return {name: _floats(out) for name, out in zip(names, values, strict=True)}
+        return {name: floats(out) for name, out in zip(names, values, strict=True)}
+
+    def _numbers(self) -> RowNumbers:
+        return RowNumbers(len(self), self.planned_rows, complete=self.complete)
 
     def _names(self, hooks: str | Sequence[str] | None) -> Sequence[str]:
         return [hooks] if isinstance(hooks, str) else self.hooks if hooks is None else hooks
@@ -385,55 +267,6 @@ class ActivationStore:
         for start in range(0, len(self), step):
             yield array.read(start, min(start + step, len(self)))
 
-    def _span(self, rows: slice) -> tuple[int, int]:
-        """Both ends of a checked slice."""
-        start, stop = rows.start or 0, self._rows if rows.stop is None else rows.stop
-        if rows.step is not None and rows.step != 1:
-            raise StoreError(f"a slice of rows must have step 1, got {rows.step}; pass range(...) instead")
-        if not (0 <= start <= self._rows and 0 <= stop <= self._rows):
-            end = stop if 0 <= start <= self._rows else start
-            raise StoreError(self._out_of_range(end, f"a slice from {start} to {stop}"))
-        return start, max(start, stop)
-
-    def _ascending(self, rows: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        """Checked row numbers in ascending order, and where each was asked for unless they came so."""
-        given = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
-        if given.size == 0:
-            return np.empty(0, np.int64), None
-        if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
-            hint = "; of a mask, pass mask.nonzero()" if given.dtype == np.bool_ else ""
-            raise StoreError(
-                f"rows must be a list of whole numbers, got {given.dtype} {list(given.shape)}{hint}"
-            )
-        low, high = int(given.min()), int(given.max())
-        if low < 0 or high >= len(self):
-            raise StoreError(self._out_of_range(low if low < 0 else high, "rows"))
-        numbers = given.astype(np.int64)
-        if bool((numbers[1:] >= numbers[:-1]).all()):
-            return numbers, None
-        positions = np.argsort(numbers, kind="stable")
-        return numbers[positions], positions
-
-    def _out_of_range(self, row: int, what: str) -> str:
-        planned = f"{len(self)} of {self.planned_rows} rows are committed"
-        state = "" if self.complete else f"; the store is incomplete, {planned}"
-        return f"{what} must lie in [0, {len(self)}), got {row}{state}"
-
 
 def _row_bytes(array: RowArray) -> int:
     return max(1, array.dtype.itemsize * int(np.prod(array.row, dtype=np.int64)))
-
-
-def _native(values: NDArray[Any]) -> NDArray[Any]:
-    """In the byte order of this machine, which torch wants."""
-    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
-
-
-def _floats(values: NDArray[Any]) -> Tensor:
-    """Stored activations as float32."""
-    values = _native(values)
-    if values.itemsize == 4:
-        return torch.from_numpy(values)
-    if values.dtype == np.uint16:
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
-    return torch.from_numpy(values).float()

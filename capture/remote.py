@@ -19,34 +19,25 @@ Zarr and obstore have threads of their own, which a forked process lacks: open t
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-from obstore.store import MemoryStore, S3Store, from_url
-from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import ObjectStore as ZarrObjectStore
+from obstore.store import MemoryStore
+from zarr.abc.store import Store
 
 from capture.leases import Lease, holder_of, insist, version_of
 from capture.places import LOCK, Draft
+from capture.remote_connection import connection
 from capture.remote_errors import reason
+from capture.remote_zarr import ErrorTellingStore
 from capture.shards import Piece
-from mdlm_interp.errors import ConfigError, MdlmError, StoreError, WriteError
+from mdlm_interp.errors import MdlmError, StoreError, WriteError
 
-if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
-
-SCHEMES = ("s3", "gs", "az")
-ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 CREATING = "create"
 """Name of the lock of the process that makes the store's first files."""
 GROUP = "zarr.json"
@@ -58,15 +49,6 @@ PART_BYTES = 2**23
 """Larger objects are put in parts of this size."""
 PARTS = 4
 """Parts of one object that are put at a time."""
-
-PATIENCE_S = 60.0
-"""Seconds for which a request is tried again when the service does not answer or is overloaded."""
-REQUEST_S = 60.0
-"""Seconds that one request may take; a part must pass in them."""
-BACKOFF_S = 5.0
-"""Longest pause between two tries."""
-FIRST_S = 5.0
-"""Seconds that the very first request may take, and a second try: a wrong address should say so soon."""
 
 
 class ObjectStore:
@@ -85,7 +67,7 @@ class ObjectStore:
         self.name = str(store if name is None else name).rstrip("/")
         self.endpoint = endpoint
         if isinstance(store, str):
-            connect = _connection(store, endpoint)
+            connect = connection(store, endpoint)
             with self._errors(StoreError, "reached"):
                 for _ in obstore.list(connect(first=True), chunk_size=1):
                     break
@@ -129,7 +111,7 @@ class ObjectStore:
 
     def zarr_store(self) -> Store:
         """Zarr's own store over the bucket."""
-        return _ZarrStore(self._store, self._errors)
+        return ErrorTellingStore(self._store, self._errors)
 
     def draft(self, path: str) -> MemoryDraft:
         """A file that is kept in memory until it is published."""
@@ -290,94 +272,3 @@ class MemoryDraft:
 
     def finish(self) -> None:
         """Nothing more is added: there is nothing left to do."""
-
-
-class _ZarrStore(ZarrObjectStore[Any]):
-    """Zarr's object store with errors in one line."""
-
-    def __init__(self, store: Any, errors: Callable[..., Any], *, read_only: bool = False) -> None:
-        super().__init__(store, read_only=read_only)
-        self._told = errors
-
-    def with_read_only(self, read_only: bool = False) -> _ZarrStore:
-        return _ZarrStore(self.store, self._told, read_only=read_only)
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        with self._told(StoreError, "read"):
-            return await super().get(key, prototype, byte_range)
-
-    async def exists(self, key: str) -> bool:
-        with self._told(StoreError, "read"):
-            return await super().exists(key)
-
-    async def getsize_prefix(self, prefix: str) -> int:
-        with self._told(StoreError, "read"):
-            return await super().getsize_prefix(prefix)
-
-    async def set(self, key: str, value: Buffer) -> None:
-        with self._told(WriteError, "written"):
-            await super().set(key, value)
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        with self._told(WriteError, "written"):
-            await super().set_if_not_exists(key, value)
-
-    async def delete(self, key: str) -> None:
-        with self._told(WriteError, "written"):
-            await super().delete(key)
-
-
-def _connection(url: str, endpoint: str | None) -> Callable[..., Any]:
-    """Makes the obstore of a URL, for the first request or for all others.
-
-    Raises:
-        ConfigError: If the URL or the endpoint cannot be right.
-    """
-    parts = urlsplit(url)
-    scheme, bucket, prefix = parts.scheme, parts.netloc, parts.path.strip("/")
-    if scheme not in SCHEMES:
-        raise ConfigError(f"{url} is of an unknown kind; give a directory, or an s3://, gs:// or az:// URL")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", bucket):
-        raise ConfigError(f"{url} names no bucket; give {scheme}://BUCKET/PREFIX")
-    # A question mark or a hash would end the path unnoticed, and an empty or dotted part has no one meaning.
-    if parts.query or parts.fragment or re.search(r"[?#%\\\x00-\x1f]|(^|/)(|\.|\.\.)(/|$)", prefix or "x"):
-        raise ConfigError(
-            f"{url} has a prefix with an empty part, '.', '..', or one of ? # % \\; choose a plainer one"
-        )
-    options: dict[str, Any] = {}
-    if scheme == "s3":
-        chosen = endpoint or next(filter(None, map(os.environ.get, ENDPOINT_VARIABLES)), None)
-        if chosen is not None:
-            _check_endpoint(chosen)
-            chosen = chosen.rstrip("/")
-            # Otherwise a variable for S3 alone would win over the option.
-            options = {"endpoint": chosen, "aws_endpoint_url_s3": chosen}
-    elif endpoint is not None:
-        raise ConfigError(f"endpoint {endpoint} is for s3:// URLs, got {url}")
-
-    def connect(*, first: bool) -> Any:
-        request_s, patience_s = (FIRST_S, FIRST_S) if first else (REQUEST_S, PATIENCE_S)
-        client: ClientConfig = {
-            "allow_http": str(options.get("endpoint", "")).startswith("http://"),
-            "connect_timeout": timedelta(seconds=FIRST_S),
-            "timeout": timedelta(seconds=request_s),
-        }
-        retry: RetryConfig = {
-            "max_retries": 1 if first else 1000,
-            "backoff": {"max_backoff": timedelta(seconds=BACKOFF_S)},
-            "retry_timeout": timedelta(seconds=patience_s),
-        }
-        if scheme == "s3":
-            return S3Store(
-                bucket, prefix=prefix or None, client_options=client, retry_config=retry, **options
-            )
-        return from_url(f"{scheme}://{bucket}/{prefix}", client_options=client, retry_config=retry)
-
-    return connect
-
-
-def _check_endpoint(endpoint: str) -> None:
-    if not re.fullmatch(r"https?://[A-Za-z0-9._-]+(:\d{1,5})?(/[\w./-]*)?", endpoint):
-        raise ConfigError(f"endpoint must be a URL such as https://minio.example.org:9000, got {endpoint!r}")

@@ -19,12 +19,13 @@ from capture.config import CaptureConfig
 from capture.forward import Forward
 from capture.plan import SCHEDULE, read_blocks
 from capture.provenance import provenance
-from capture.run import Request, prepared
+from capture.request import Request, prepared
 from mdlm_interp.config_files import to_mapping
 from mdlm_interp.shapes import Int64
 from transcoder.batches import Batch, Batches
 from transcoder.config import CLTRunConfig, TranscoderConfig, hook_names
-from transcoder.data import Coverage, split_sequences
+from transcoder.data import Coverage
+from transcoder.held_out import split_text
 from transcoder.identity import probe_of
 from transcoder.live import LiveBatches, LiveText
 from transcoder.normalisation import Normalisation, normalisation_from_moments
@@ -60,7 +61,7 @@ class LiveSource:
             select=config.train.select,
         )
         self._x_0 = torch.from_numpy(np.stack([block.ids for block in self._text.blocks]))
-        self.split = split_sequences(self._x_0, config.held_out_fraction, config.train.seed)
+        self.split = split_text(self._x_0, config.held_out_fraction, config.train.seed)
 
     @property
     def x_0(self) -> Int64[Tensor, "seq pos"]:
@@ -81,7 +82,7 @@ class LiveSource:
         return LiveBatches(self._text, self.split.train, self._config.train, self._config.live)
 
     def held_out(self, shape: TranscoderConfig) -> list[Batch]:
-        """Of sequences that training never sees, noised once."""
+        """Of text that training never sees, noised once."""
         limit, size = self._config.train.calibration_rows, self._config.live.batch_sequences
         found, n_rows = [], 0
         for start in range(0, len(self.split.held_out), size):
@@ -103,6 +104,7 @@ class LiveSource:
             tokenizer=request.tokenizer,
             config=request.config,
             schedule=SCHEDULE,
+            threads=torch.get_num_threads(),
         )
         rows = len(self._text.blocks) * self._text.length
         settings = [to_mapping(config.live), config.train.seed, origin["weights_sha256"], config.train.select]

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from capture.forward import last_block_needed
 from capture.reader import ActivationStore
+from capture.recomputed import TYPE_BOUND, as_stored
 from capture.schema import StoredType
-from capture.verify import TYPE_BOUND, as_stored
 from mdlm_interp.checkpoints import resolve_source, weights_sha256
 from mdlm_interp.diffusion import LogLinearSchedule
 from mdlm_interp.errors import MdlmError, StoreError

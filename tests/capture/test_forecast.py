@@ -14,7 +14,7 @@ import pytest
 from capture import CaptureConfig, open_store, run_capture
 from capture.forecast import Forecast, forecast
 from capture.places import Directory, place_of
-from capture.run import prepared
+from capture.request import prepared
 from capture.writer import StoreWriter
 from mdlm_interp.errors import StoreError
 
@@ -122,7 +122,7 @@ def test_what_is_committed_is_not_asked_for_again(long, monkeypatch):
     def stopping(self, rows):
         if rows.start >= 768:
             # Other threads commit, and what still waits for them would be dropped.
-            while len(open_store(config.out)) < 512:
+            while len(open_store(config.out)) < 768:
                 time.sleep(0.01)
             raise KeyboardInterrupt
         original(self, rows)

@@ -10,8 +10,10 @@ import torch
 from capture import run_capture
 from capture.forward import Forward
 from capture.passes import AHEAD, Passes, Shares
-from capture.run import prepared
-from capture.verify import on_threads, verify_store
+from capture.plan import Batch
+from capture.recomputed import on_threads
+from capture.request import prepared
+from capture.verify import verify_store
 from mdlm_interp.errors import ConfigError, HookError
 
 HOOKS = ["blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"]
@@ -57,6 +59,7 @@ def test_activations_come_in_the_order_of_the_batches_whichever_pass_ends_first(
     with Passes(forward, Shares.of(None, alone=False)) as passes:
         for number, (batch, lent) in enumerate(passes.run((batch, True) for batch in batches)):
             assert batch is batches[number]
+            assert lent is not None
             for hook in HOOKS:
                 assert torch.equal(lent[0][hook], alone[number][hook])
             lent[1]()
@@ -96,8 +99,14 @@ def test_batches_of_others_keep_their_place(planned, four_threads):
 def test_few_batches_are_read_ahead(planned, four_threads):
     forward, batches = planned
     read = []
+
+    def jobs():
+        for batch in batches:
+            read.append(batch)
+            yield batch, False
+
     with Passes(forward, Shares(2, 2)) as passes:
-        for number, _ in enumerate(passes.run((read.append(batch) or batch, False) for batch in batches)):
+        for number, _ in enumerate(passes.run(jobs())):
             assert len(read) <= number + 2 + AHEAD + 1
 
 
@@ -140,7 +149,7 @@ def test_an_error_comes_where_its_batch_is_due_and_everything_ends(planned, monk
         run(self, sequences, *args)
 
     monkeypatch.setattr(Forward, "_run", broken)
-    done = []
+    done: list[Batch] = []
     with pytest.raises(HookError, match="the third batch is bad"), Passes(forward, Shares(2, 2)) as passes:
         done.extend(batch for batch, _ in passes.run((batch, False) for batch in batches))
     assert done == batches[:2]

@@ -11,7 +11,7 @@ import torch
 
 from capture import CaptureConfig, open_store, run_capture
 from capture.places import Directory
-from capture.verify import on_threads
+from capture.recomputed import on_threads
 from capture.writer import StoreWriter
 from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import OutputExistsError, StoreError, WriteError

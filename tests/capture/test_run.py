@@ -11,7 +11,7 @@ from torch import Tensor
 
 from capture import CaptureConfig, run_capture
 from capture.forward import last_block_needed
-from capture.verify import on_threads
+from capture.recomputed import on_threads
 from mdlm_interp import HookedMDLM, load_tokenizer
 from mdlm_interp.checkpoints import sha256_of
 from mdlm_interp.diffusion import LogLinearSchedule, corrupt, sequence_times

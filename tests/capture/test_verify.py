@@ -13,9 +13,11 @@ import torch
 
 from capture import manifest as manifests
 from capture import open_store, run_capture
+from capture.checked_files import verify_files
 from capture.manifest import MANIFEST
+from capture.recomputed import verify_rows
 from capture.shards import shard_digest
-from capture.verify import verify_files, verify_rows, verify_store
+from capture.verify import verify_store
 from mdlm_interp import HookedMDLM, load_tokenizer
 from mdlm_interp.errors import StoreError
 
@@ -150,7 +152,7 @@ def test_a_wrong_activation_with_right_checksums_is_found_by_recomputing(store):
 
 
 def test_on_another_stack_native_rows_may_differ_by_rounding_only(store, monkeypatch):
-    import capture.verify as module
+    import capture.recomputed as module
 
     monkeypatch.setattr(module, "SAME_STACK", ("device",))
     monkeypatch.setattr(module, "stack_record", lambda *_: {"device": "another"})
@@ -178,7 +180,7 @@ def test_the_weights_of_another_model_are_refused(store, tmp_path, config):
 
 
 def test_noise_that_the_seed_does_not_give_is_found(store, monkeypatch):
-    import capture.verify as module
+    import capture.recomputed as module
 
     monkeypatch.setattr(
         module, "noised", lambda ids, t, mask_id, *, seed, block_number: np.full_like(ids, mask_id)

@@ -13,7 +13,8 @@ import zarr
 from capture import open_store
 from capture.convert import ExportedStore, export_store
 from capture.places import Place
-from capture.reader import ActivationStore, Rows
+from capture.reader import ActivationStore
+from capture.row_numbers import Rows
 from tests.capture.convert.checks import assert_same_bits, assert_same_content, opened, same_values
 from tests.capture.convert.conftest import FORMATS
 from tests.capture.stores import HEADS, MLP, Elsewhere, Plan, make_store

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from capture import leases, open_store, run_capture
+from capture.checked_files import verify_files
 from capture.remote import ObjectStore
-from capture.verify import verify_files
 from mdlm_interp.errors import OutputExistsError, StoreError, WriteError
 from tests.capture.remote.service import DROPPED, Answer
 from tests.capture.remote.stores import OVERLOADED, contents, filled
@@ -67,7 +67,7 @@ def test_a_service_that_goes_away_leaves_what_was_committed(wanted, local, throu
         OVERLOADED if method == "PUT" and path.endswith("hook_in/c.1.0") else None
     )
     with monkeypatch.context() as patched:
-        patched.setattr("capture.remote.PATIENCE_S", 0.2)
+        patched.setattr("capture.remote_connection.PATIENCE_S", 0.2)
         with pytest.raises(WriteError, match=rule):
             run_capture(wanted)
     through.fault = lambda method, path: None

@@ -115,7 +115,7 @@ def test_who_was_overtaken_cannot_undo_a_commit(url, service):
 @pytest.mark.parametrize("what", ["its answer is lost", "its answer comes late", "the service is overloaded"])
 def test_a_commit_is_tried_again(url, through, monkeypatch, what):
     monkeypatch.setattr(leases, "POLL_S", 0.01)
-    monkeypatch.setattr("capture.remote.REQUEST_S", 0.5 if "late" in what else 60.0)
+    monkeypatch.setattr("capture.remote_connection.REQUEST_S", 0.5 if "late" in what else 60.0)
     place = ObjectStore(url, endpoint=through.endpoint)
     filled(place)
     place.read(MANIFEST)

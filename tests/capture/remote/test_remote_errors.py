@@ -59,7 +59,7 @@ def test_a_service_that_does_not_run(url):
 
 
 def test_a_service_that_never_answers(url, monkeypatch):
-    monkeypatch.setattr("capture.remote.FIRST_S", 1.0)
+    monkeypatch.setattr("capture.remote_connection.FIRST_S", 1.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -164,7 +164,7 @@ def test_writing_that_is_denied_where_reading_is_not(url, through):
 
 
 def test_a_service_without_conditional_writes(url, through, monkeypatch):
-    monkeypatch.setattr("capture.remote.PATIENCE_S", 0.5)
+    monkeypatch.setattr("capture.remote_connection.PATIENCE_S", 0.5)
     unknown = Answer(501, ERROR.format(code="NotImplemented", message="If-None-Match", more=""))
     place = ObjectStore(url, endpoint=through.endpoint)
     through.fault = lambda method, path: unknown if method == "PUT" else None

@@ -12,8 +12,9 @@ import zarr
 from obstore.store import from_url
 
 from capture import ActivationStore, open_store, run_capture
+from capture.checked_files import verify_files
 from capture.remote import ObjectStore
-from capture.verify import verify_files, verify_store
+from capture.verify import verify_store
 from mdlm_interp.errors import StoreError
 from tests.capture.remote.service import Answer
 

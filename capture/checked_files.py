@@ -1,0 +1,121 @@
+"""Every byte of a store against its checksums and its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from capture import schema
+from capture.finish import file_hashes
+from capture.manifest import Shard
+from capture.places import Place
+from capture.reader import ActivationStore
+from capture.shards import CRC_BYTES, ShardShape, index_bytes, shard_digest
+from mdlm_interp.errors import StoreError
+
+READERS = 4
+"""Files that are checked at a time."""
+
+
+def verify_files(store: ActivationStore, *, progress: Any = None) -> tuple[int, int]:
+    """Read every file of a store and compare it with the manifest.
+
+    Args:
+        progress: Called with the number of rows of each shard that was found right.
+    Returns:
+        (files, bytes) read.
+    Raises:
+        StoreError: If a file is missing or any of its bits differs.
+    """
+    place, layout = store.place, layout_of(store)
+    files = size = 0
+    with ThreadPoolExecutor(READERS) as pool:
+        checked = pool.map(lambda shard: _verify_shard(place, layout, shard), store.manifest.shards)
+        for (count, total), shard in zip(checked, store.manifest.shards, strict=True):
+            files, size = files + count, size + total
+            if progress is not None:
+                progress(shard.rows[1] - shard.rows[0])
+    if store.complete:
+        found = file_hashes(place)
+        for path, expected in store.manifest.files.items():
+            if found.get(path) != expected:
+                what = "differs from the manifest" if path in found else "is missing"
+                raise StoreError(f"{place.name}/{path} {what}; restore it from a copy or capture again")
+        strange = [path for path in found if path not in store.manifest.files]
+        if strange:
+            raise StoreError(f"{place.name}/{strange[0]} is no file of this store; remove it")
+        files += len(found)
+    return files, size
+
+
+def layout_of(store: ActivationStore) -> schema.Layout:
+    """The sizes of a store."""
+    return schema.Layout(
+        shapes={hook: store.row_shape(hook) for hook in store.hooks},
+        length=store.length,
+        dtype=store.dtype,
+        shard_rows=store.manifest.shard_rows,
+        sampled=store.sampled,
+    )
+
+
+def _verify_shard(place: Place, layout: schema.Layout, shard: Shard) -> tuple[int, int]:
+    number = shard.rows[0] // layout.shard_rows
+    checksums: dict[str, Sequence[int]] = {}
+    size = 0
+    for hook, row in layout.shapes.items():
+        path = schema.file_of(f"acts/{hook}", 1 + len(row), number)
+        content = _content(place, path)
+        chunks = -(-(shard.rows[1] - shard.rows[0]) // schema.CHUNK_ROWS)
+        checksums[f"acts/{hook}"] = _chunks(place, path, content, layout.shard_shape(hook), chunks)
+        size += len(content)
+    for name, column in layout.row_columns.items():
+        path = schema.file_of(f"rows/{name}", 1, number)
+        content = _content(place, path)
+        if len(content) != layout.shard_rows * np.dtype(column.dtype).itemsize + CRC_BYTES:
+            raise _damaged(place, path, f"it has {len(content)} bytes")
+        checksums[f"rows/{name}"] = [_checked(place, path, memoryview(content), "its only chunk")]
+        size += len(content)
+    if shard_digest(checksums) != shard.sha256:
+        raise StoreError(
+            f"{place.name}: the files of rows {shard.rows[0]} to {shard.rows[1]} are whole, but not the ones that "
+            f"the manifest lists; restore them from a copy or capture again"
+        )
+    return len(checksums), size
+
+
+def _chunks(place: Place, path: str, content: bytes, shape: ShardShape, present: int) -> list[int]:
+    """Checksums of the chunks of a shard file, all of which hold."""
+    index = index_bytes(shape, present)
+    step = shape.chunk_bytes + CRC_BYTES
+    if len(content) != present * step + len(index):
+        raise _damaged(place, path, f"it has {len(content)} bytes, expected {present * step + len(index)}")
+    if content[-len(index) :] != index:
+        raise _damaged(place, path, "its index differs")
+    view = memoryview(content)
+    return [
+        _checked(place, path, view[chunk * step : (chunk + 1) * step], f"chunk {chunk}")
+        for chunk in range(present)
+    ]
+
+
+def _checked(place: Place, path: str, chunk: memoryview, which: str) -> int:
+    computed = google_crc32c.value(np.frombuffer(chunk[:-CRC_BYTES], np.uint8))
+    if computed != int.from_bytes(chunk[-CRC_BYTES:], "little"):
+        raise _damaged(place, path, f"the checksum of {which} does not match")
+    return int(computed)
+
+
+def _content(place: Place, path: str) -> bytes:
+    content = place.read(path)
+    if content is None:
+        raise StoreError(f"{place.name}/{path} is missing; restore it from a copy or capture again")
+    return content
+
+
+def _damaged(place: Place, path: str, reason: str) -> StoreError:
+    return StoreError(f"{place.name}/{path} is damaged ({reason}); restore it from a copy or capture again")

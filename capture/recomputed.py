@@ -1,0 +1,264 @@
+"""Sampled batches of a store, recomputed and compared with what is stored."""
+
+# Axes: row, then the axes of one row; pos
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from capture import schema
+from capture.begin import SAME_STACK, item
+from capture.config import CaptureConfig
+from capture.decodings import Decodings
+from capture.plan import Batch, PlannedSequence, noised
+from capture.provenance import model_record, stack_record
+from capture.reader import ActivationStore
+from capture.request import forward_of, in_arithmetic
+from mdlm_interp.checkpoints import resolve_source
+from mdlm_interp.config_files import from_mapping
+from mdlm_interp.documents import StreamPosition, TokenBlock
+from mdlm_interp.errors import StoreError
+from mdlm_interp.model import HookedMDLM
+from mdlm_interp.randomness import permutation
+from mdlm_interp.tokenizers import load_tokenizer
+
+BOUND = 1e-3
+"""Largest difference of a recomputed activation on another stack, as a share of its hook's root mean square.
+
+Float32 rounding at 12 blocks and 1,024 positions stays well below a tenth of it.
+"""
+TYPE_BOUND = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""What storing adds, as a share of the value: one unit in the last place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was checked and held."""
+
+    files: int
+    size: int
+    """Bytes of all files that were read and compared."""
+    batches: int
+    """Batches that were recomputed."""
+    rows: int
+    """Their rows."""
+    bitwise: bool
+    """Whether the recomputed activations had to be, and were, the same bits."""
+    largest: float
+    """Largest difference from the stored values, as a share of the hook's root mean square."""
+
+
+def verify_rows(
+    store: ActivationStore, model: str | None, *, tokenizer: str | None = None, batches: int, seed: int = 0
+) -> Verification:
+    """Recompute sampled batches and compare them with what is stored.
+
+    Args:
+        model: Where the weights are; none takes the store's own word.
+        tokenizer: Where the tokenizer is; none takes the store's word, or the model's own if the store's came with it.
+        batches: How many to recompute; all, if there are not so many.
+        seed: Key of the sample.
+    Raises:
+        StoreError: If the model is another one, or anything differs by more than it may.
+    """
+    config = recorded_config(store, model, tokenizer)
+    directory = resolve_source(config.model)
+    network = HookedMDLM.from_pretrained(directory)
+    words = load_tokenizer(config.tokenizer or config.model)
+    threads = store.provenance["threads"]
+    now = {**model_record(directory, network, words), **stack_record(network, threads)}
+    for key in ("weights_sha256", "tokenizer_sha256"):
+        if store.provenance[key] != now[key]:
+            kind = key.partition("_")[0]
+            found = config.model if kind == "weights" else config.tokenizer
+            raise StoreError(
+                f"{store.name} was captured with {key} {store.provenance[key][:16]}..., {found} has "
+                f"{now[key][:16]}...; name the store's own with --{'model' if kind == 'weights' else 'tokenizer'}"
+            )
+    forward = forward_of(network, store.hooks, config)
+    same_stack = all(item(store.provenance, key) == item(now, key) for key in SAME_STACK)
+    bitwise = config.arithmetic == "exact" or same_stack
+    rows, largest, done = 0, 0.0, 0
+    again = None
+    if config.sampler is not None and bitwise:
+        again = Decodings(config, in_arithmetic(network, config), words)
+    with on_threads(threads):
+        for batch in islice(sampled_batches(store, config, words.mask_id, seed, again), batches):
+            acts = forward(batch, check=True)
+            largest = max(largest, _compare(store, batch, acts, bitwise=bitwise))
+            rows, done = rows + batch.stop - batch.start, done + 1
+    return Verification(files=0, size=0, batches=done, rows=rows, bitwise=bitwise, largest=largest)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Forward passes have this many threads, as those that made a store; native bits depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def recorded_config(store: ActivationStore, model: str | None, tokenizer: str | None = None) -> CaptureConfig:
+    """The config that a store was captured with, on this machine's CPU.
+
+    Args:
+        model: Where the model is now, and its tokenizer if the store's came with it.
+        tokenizer: Where the tokenizer is now.
+    """
+    given = {**store.config, "out": str(store.name), "device": "cpu"}
+    if tokenizer is None and model is not None and given["tokenizer"] == given["model"]:
+        tokenizer = model
+    given |= {"model": model or given["model"], "tokenizer": tokenizer or given["tokenizer"]}
+    return from_mapping(CaptureConfig, given, source=str(store.name))
+
+
+def sampled_batches(
+    store: ActivationStore,
+    config: CaptureConfig,
+    mask_id: int,
+    seed: int,
+    again: Decodings | None = None,
+) -> Iterator[Batch]:
+    """Whole batches of a store, as its sequences record them, in random order.
+
+    Args:
+        again: Of a sampler's store on the stack that captured, or in exact arithmetic: what decodes once more. (On
+            another stack native arithmetic may draw other tokens, so only the activations are recomputed.)
+    """
+    total = store.n_sequences // config.batch_size
+    if store.complete:
+        total = -(-store.n_sequences // config.batch_size)
+    x0, xt = store.tokens()
+    for number in permutation(seed, "verify", 0, total).tolist():
+        first = number * config.batch_size
+        last = min(first + config.batch_size, store.n_sequences)
+        sequences = [_recorded(store, index, x0[index], xt[index]) for index in range(first, last)]
+        for sequence in sequences:
+            if again is not None:
+                _verify_state(store, again, sequence)
+            elif config.sampler is None:
+                _verify_noise(store, config, sequence, mask_id)
+        assert config.length is not None
+        yield Batch(sequences, config.length, config.seed)
+
+
+def _recorded(store: ActivationStore, number: int, x0: Tensor, xt: Tensor) -> PlannedSequence:
+    """A sequence as a store records it."""
+    blocks = store.sequence_column("block")
+    present = int((x0 >= 0).sum())
+    rows = store.sequence_rows(number)
+    block = TokenBlock(
+        ids=x0[:present].numpy().astype(np.int64),
+        documents=np.full(present, -1),
+        source=-1,
+        offset=-1,
+        start=StreamPosition(0, 0),
+    )
+    return PlannedSequence(
+        number=number,
+        row=rows.start,
+        block=block,
+        block_number=int(blocks[number]),
+        candidate=-1,
+        t=float(store.times()[number]),
+        xt=xt[:present].numpy().astype(np.int64),
+        positions=store.coords(rows)["pos"].numpy(),
+        told=float(store.sequence_column("sigma")[number]) if store.sampled else None,
+    )
+
+
+def _verify_noise(
+    store: ActivationStore, config: CaptureConfig, sequence: PlannedSequence, mask_id: int
+) -> None:
+    again = noised(
+        sequence.block.ids, sequence.t, mask_id, seed=config.seed, block_number=sequence.block_number
+    )
+    if not np.array_equal(again, sequence.xt):
+        position = int(np.flatnonzero(again != sequence.xt)[0])
+        raise StoreError(
+            f"{store.name}: sequence {sequence.number} reads {sequence.xt[position]} at position {position}, and its "
+            f"seed and time give {again[position]}; capture again"
+        )
+
+
+def _verify_state(store: ActivationStore, again: Decodings, sequence: PlannedSequence) -> None:
+    """A sampler's sequence against the decoding that gives it: tokens, and every column of its rows."""
+    rows = store.sequence_rows(sequence.number)
+    stored = store.coords(rows)
+    step = int(stored["step"][0])
+    if step not in again.steps_of(sequence.block_number):
+        raise StoreError(
+            f"{store.name}: sequence {sequence.number} is of step {step}, and decoding {sequence.block_number} has "
+            f"no such step when it is made again; capture again"
+        )
+    state = again.state(sequence.block_number, step)
+    expected = {"xt": state.xt, "x0": state.block.ids, **state.columns}
+    for name, values in expected.items():
+        wanted, found = values[sequence.positions], stored[name].numpy()
+        if not np.array_equal(wanted, found, equal_nan=values.dtype.kind == "f"):
+            raise StoreError(_other_decoding(store, sequence, name))
+    if not np.array_equal(state.xt, sequence.xt) or not np.array_equal(state.block.ids, sequence.block.ids):
+        raise StoreError(_other_decoding(store, sequence, "xt or x0"))
+
+
+def _other_decoding(store: ActivationStore, sequence: PlannedSequence, name: str) -> str:
+    return (
+        f"{store.name}: {name} of sequence {sequence.number} is not what seed and sampler give for decoding "
+        f"{sequence.block_number}; capture again"
+    )
+
+
+def _compare(store: ActivationStore, batch: Batch, acts: Mapping[str, Tensor], *, bitwise: bool) -> float:
+    """Largest difference as a share of a hook's root mean square; raises if it is more than it may be."""
+    rows = np.arange(batch.start, batch.stop)
+    stored = store.read(slice(batch.start, batch.stop))
+    largest = 0.0
+    for hook, expected in acts.items():
+        kept = stored[hook]
+        rounded = as_stored(expected, store.dtype)
+        if bitwise:
+            wrong = ~((rounded == kept) | (rounded.isnan() & kept.isnan()))
+        else:
+            rms = float(kept.double().square().mean().sqrt())
+            difference = (rounded - kept).abs()
+            largest = max(largest, float(difference.max()) / rms)
+            wrong = ~(difference <= BOUND * rms + TYPE_BOUND[store.dtype] * kept.abs())
+        if bool(wrong.any()):
+            where = torch.nonzero(wrong)[0].tolist()
+            raise StoreError(_differs(store, hook, rows, where, rounded, kept, bitwise=bitwise))
+    return largest
+
+
+def as_stored(acts: Tensor, dtype: schema.StoredType) -> Tensor:
+    """Float32 activations after a round trip through the stored type."""
+    return acts.to(
+        {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
+    ).float()
+
+
+def _differs(
+    store: ActivationStore,
+    hook: str,
+    rows: NDArray[np.int64],
+    where: Sequence[int],
+    recomputed: Tensor,
+    kept: Tensor,
+    *,
+    bitwise: bool,
+) -> str:
+    rule = "must be the same bits" if bitwise else f"may differ by {BOUND:g} of the root mean square"
+    return (
+        f"{store.name}: {hook} of row {int(rows[where[0]])} at {list(where[1:])} is {float(kept[tuple(where)])!r} and "
+        f"was recomputed as {float(recomputed[tuple(where)])!r}, which {rule}; the store or this machine is wrong"
+    )
