@@ -36,6 +36,8 @@ KINDS: dict[str, Kind] = {
 """By feature_type."""
 _FEATURE_ID = re.compile(r"(\d+)_(\d+)_(\d+)")
 EMBEDDING_LAYER = -1
+VIEW_SCRIPTS = ("tokens.js", "svg.js", "graph_model.js", "graph_drawing.js", "graph.js")
+"""The view of a graph; a page's own script follows them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,23 @@ def graph_page(
         DataError: If the graph has another form, or is too large for a page.
     """
     data = graph if isinstance(graph, GraphData) else check_graph(graph)
+    return html_page(
+        title=title,
+        body=with_graph_view("graph.html"),
+        data=view_data(data, feature_href),
+        styles=["graph.css"],
+        scripts=[*VIEW_SCRIPTS, "graph_start.js"],
+        nav=nav,
+    )
+
+
+def with_graph_view(name: str) -> str:
+    """Markup of a page that shows graphs, with the view of them in its place."""
+    return static(name).replace("{graph}", static("graph_view.html"))
+
+
+def view_data(data: GraphData, feature_href: Callable[[int, int], str] | None = None) -> dict[str, Any]:
+    """What the view's script reads of one graph."""
     nodes = [
         {
             **node,
@@ -134,20 +153,13 @@ def graph_page(
         }
         for node in data.nodes
     ]
-    return html_page(
-        title=title,
-        body=static("graph.html"),
-        data={
-            "tokens": data.tokens,
-            "nodes": nodes,
-            "links": data.links,
-            "pinned": data.pinned,
-            "groups": data.groups,
-        },
-        styles=["graph.css"],
-        scripts=["tokens.js", "svg.js", "graph_model.js", "graph_drawing.js", "graph.js"],
-        nav=nav,
-    )
+    return {
+        "tokens": data.tokens,
+        "nodes": nodes,
+        "links": data.links,
+        "pinned": data.pinned,
+        "groups": data.groups,
+    }
 
 
 def _node(node: Any, n_positions: int, features: tuple[int, int] | None) -> dict[str, Any]:

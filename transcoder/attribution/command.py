@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 """Features listed."""
+GRAPH_PAGE, COMMITMENTS_PAGE = "graph.html", "commitments.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class GraphConfig:
     max_tokens: int = 8
     """With a trajectory: graphs at most, of the token and of those committed before it."""
     out: Path
-    """Directory for the graphs: as JSON for circuit-tracer's and Neuronpedia's viewers, and as tensors."""
+    """Directory for the graphs: a page, JSON for circuit-tracer's and Neuronpedia's viewers, and tensors."""
     model: str = "bundled"
     """Model directory, hub id, or "bundled" for the small model in this package."""
     centre: Literal["log_odds", "mean"] = "log_odds"
@@ -51,9 +52,9 @@ class GraphConfig:
     max_features: int | None = None
     """Feature nodes of a graph, the most influential; all that are active if none."""
     node_share: float = 0.8
-    """Share of the nodes' influence that the JSON keeps."""
+    """Share of the nodes' influence that the page and the JSON keep."""
     edge_share: float = 0.98
-    """Share of the edges' influence that the JSON keeps."""
+    """Share of the edges' influence that the page and the JSON keep."""
     check: int = 0
     """Ablate this many features and compare with what the graph predicts."""
     scan: str = "mdlm"
@@ -91,19 +92,21 @@ def main(argv: list[str]) -> int:
     model = HookedMDLM.from_pretrained(config.model, device=device)
     tokenizer = load_tokenizer(config.model)
     replacement = ReplacementModel(model, load_clt(config.clt, device=device).requires_grad_(False))
-    if config.trajectory is None:
-        _explain_text(config, replacement, tokenizer)
-    else:
-        _explain_commitment(config, replacement, tokenizer)
+    explain = _explain_text if config.trajectory is None else _explain_commitment
+    page = explain(config, replacement, tokenizer)
     _say(f"{config.out}: JSON for circuit-tracer's and Neuronpedia's viewers, and the tensors of each graph")
+    _say(f"{page}: open it in a browser")
     return 0
 
 
-def _explain_text(config: GraphConfig, replacement: ReplacementModel, tokenizer: Tokenizer) -> None:
+def _explain_text(config: GraphConfig, replacement: ReplacementModel, tokenizer: Tokenizer) -> Path:
     from mdlm_interp.diffusion import LogLinearSchedule
     from mdlm_interp.errors import DataError
     from mdlm_interp.filling import encode_prompt
+    from mdlm_interp.viewer.graph_page import graph_page
+    from mdlm_interp.viewer.page import write_page
     from transcoder.attribution.building import attribute
+    from transcoder.attribution.pages import graph_data
     from transcoder.attribution.targets import Targets
 
     assert config.text is not None
@@ -126,11 +129,15 @@ def _explain_text(config: GraphConfig, replacement: ReplacementModel, tokenizer:
     _say(f"{graph.n_features} feature nodes, {graph.n_nodes} nodes in all, {seconds:.1f} s")
     pruned = _export(config, graph, tokenizer, "graph")
     graph.save(config.out / "graph")
+    write_page(config.out / GRAPH_PAGE, graph_page(graph_data(graph, pruned, tokenizer)))
     _show(config, graph, pruned, replacement, tokenizer)
+    return config.out / GRAPH_PAGE
 
 
-def _explain_commitment(config: GraphConfig, replacement: ReplacementModel, tokenizer: Tokenizer) -> None:
+def _explain_commitment(config: GraphConfig, replacement: ReplacementModel, tokenizer: Tokenizer) -> Path:
     from mdlm_interp.decoding.trajectory import Trajectory
+    from mdlm_interp.viewer.page import write_page
+    from transcoder.attribution.pages import commitment_graph_page
     from transcoder.attribution.steps import commitment_graph, words
 
     assert config.trajectory is not None
@@ -150,7 +157,10 @@ def _explain_commitment(config: GraphConfig, replacement: ReplacementModel, toke
     _say("\n".join(words(texts, found)))
     pruned = [_export(config, one.graph, tokenizer, one.slug) for one in found.commitments]
     found.save(config.out / "graphs")
+    page = commitment_graph_page(found, trajectory, tokenizer, row=config.row, pruned=pruned)
+    write_page(config.out / COMMITMENTS_PAGE, page)
     _show(config, found.commitments[0].graph, pruned[0], replacement, tokenizer)
+    return config.out / COMMITMENTS_PAGE
 
 
 def _export(config: GraphConfig, graph: Graph, tokenizer: Tokenizer, slug: str) -> Pruned:

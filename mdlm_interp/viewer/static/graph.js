@@ -1,8 +1,8 @@
-// The page of an attribution graph: one state, drawn anew after each change of it.
+// The view of an attribution graph: one state, drawn anew after each change of it. The page says which graph.
 
 const MOST_ROWS = 12;
-const graph = new Graph(pageData());
-const view = { chosen: null, scale: 1, x: 0, y: 0, plan: null, links: [], moved: false };
+let graph = null;
+const view = { chosen: null, scale: 1, x: 0, y: 0, plan: null, links: [], moved: false, address: "", open: null };
 const scene = { behind: shape("g"), links: shape("g"), nodes: shape("g") };
 const world = shape("g", {}, scene.behind, scene.links, scene.nodes);
 
@@ -28,6 +28,7 @@ function nodeShape(place) {
   const name = graph.name(place.key);
   const made = shape("g", { class: "node", tabindex: "-1", role: "button", "data-key": place.key, transform: `translate(${place.x} ${place.y})` });
   made.append(shape("circle", { class: "hit", r: 12 }), shape("circle", { class: "halo", r: 11 }), mark(place.kind, 7.5), shape("title", {}, name));
+  made.classList.toggle("origin", originOf(place.key) !== null);
   if (place.kind === "group") made.append(shape("text", { y: -14, "text-anchor": "middle" }, shortened(graph.groupOf(place.key).name)));
   made.setAttribute("aria-label", `${name}, ${rowName(place.layer)}, position ${place.position}`);
   made.addEventListener("click", () => view.moved || choose(place.key));
@@ -61,7 +62,7 @@ function draw() {
   reachable?.setAttribute("tabindex", "0");
   byId("details").replaceChildren(...details());
   drawPinned();
-  history.replaceState(null, "", `#${graph.state(view.chosen)}`);
+  history.replaceState(null, "", `#${[view.address, graph.state(view.chosen)].filter(Boolean).join("&")}`);
 }
 
 function choose(key, focus = false) {
@@ -114,6 +115,7 @@ function details() {
   if (typeof key === "number") {
     made.push(element("p", { class: "quiet" }, facts(graph.nodes[key])));
     if (graph.nodes[key].href) made.push(element("p", {}, element("a", { href: graph.nodes[key].href, id: "dashboard" }, "Open the feature's dashboard")));
+    if (originOf(key) !== null) made.push(element("p", {}, originButton(originOf(key))));
   } else {
     made.push(element("ul", { class: "plain" }, ...graph.membersOf(key).map((number) => element("li", {}, graph.name(number)))));
   }
@@ -125,6 +127,17 @@ function details() {
   made.push(element("p", {}, pin));
   made.push(linkTable("From", "source", view.links.filter((link) => link.target === key)));
   made.push(linkTable("To", "target", view.links.filter((link) => link.source === key)));
+  return made;
+}
+
+/** Number of the graph that says how a token came to stand here, or null: only some pages have several. */
+function originOf(key) {
+  return graph.nodes[key]?.origin ?? null;
+}
+
+function originButton(origin) {
+  const made = element("button", { type: "button", id: "origin", class: "small" }, "Open the graph of this token's own commitment");
+  made.addEventListener("click", () => view.open(origin));
   return made;
 }
 
@@ -237,6 +250,7 @@ function onKey(event) {
     Object.assign(actions, { ArrowLeft: to(-1, 0), ArrowRight: to(1, 0), ArrowUp: to(0, -1), ArrowDown: to(0, 1) });
     for (const key of ["Enter", " ", "p"]) actions[key] = () => togglePin(view.chosen);
     if (byId("dashboard")) actions.f = () => byId("dashboard").click();
+    if (byId("origin")) actions.c = () => byId("origin").click();
   }
   const action = actions[event.key];
   if (!action) return;
@@ -244,20 +258,24 @@ function onKey(event) {
   action();
 }
 
-function start() {
+/** Take the choices of the controls; browsers restore those of an earlier visit. */
+function readControls() {
+  graph.influence = Number(byId("influence").value) / 100;
+  graph.errors = byId("errors").checked;
+  graph.only = byId("only").checked;
+  build();
+}
+
+/** Make the view work; once, before the first graph. Of several, `open` shows the one of a number. */
+function wireGraph(open = null) {
   const drawing = byId("drawing");
+  view.open = open;
   drawing.append(world);
   wireDrawing(drawing);
   byId("in").addEventListener("click", () => zoom(1.25));
   byId("out").addEventListener("click", () => zoom(0.8));
   byId("fit").addEventListener("click", fit);
-  const controls = () => {
-    graph.influence = Number(byId("influence").value) / 100;
-    graph.errors = byId("errors").checked;
-    graph.only = byId("only").checked;
-    build();
-  };
-  for (const id of ["influence", "errors", "only"]) byId(id).addEventListener("input", controls);
+  for (const id of ["influence", "errors", "only"]) byId(id).addEventListener("input", readControls);
   byId("grouping").addEventListener("submit", (event) => {
     event.preventDefault();
     view.chosen = graph.group(byId("group-name").value.trim() || "group", [...graph.pinned]);
@@ -269,10 +287,14 @@ function start() {
     build();
     fit();
   });
-  addEventListener("pageshow", controls); // browsers restore the controls of an earlier visit
-  view.chosen = graph.restore(location.hash.slice(1));
-  controls();
-  fit();
+  addEventListener("pageshow", readControls);
 }
 
-start();
+/** Show a graph, with a node chosen or none; `address` is what the page's address begins with. */
+function showGraph(found, chosen = null, address = "") {
+  graph = found;
+  view.chosen = chosen;
+  view.address = address;
+  readControls();
+  fit();
+}

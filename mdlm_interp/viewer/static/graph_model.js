@@ -86,7 +86,7 @@ class Graph {
     if (typeof key !== "number") return `${this.groupOf(key).name} (${this.groupOf(key).members.length})`;
     const node = this.nodes[key];
     const token = oneLine(this.tokens[node.position]);
-    if (node.kind === "feature") return `${node.layer}/${node.number}${node.text ? ` ${oneLine(node.text)}` : ""}`;
+    if (node.kind === "feature") return `${node.layer}/${node.number} at ${node.position}${node.text ? ` ${oneLine(node.text)}` : ""}`;
     if (node.kind === "error") return `error ${node.layer} at ${node.position}`;
     if (node.kind === "embedding") return `“${token}” at ${node.position}`;
     return oneLine(node.text) || `prediction at ${node.position}`;

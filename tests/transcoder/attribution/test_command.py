@@ -1,6 +1,7 @@
 """`mdlm-interp explore graph`, from a text and from a trajectory."""
 
 import json
+import re
 
 import pytest
 
@@ -27,6 +28,11 @@ def command(model_directory, trained_directory, tmp_path):
     return run
 
 
+def page_data(path):
+    (text,) = re.findall('id="page-data">(.*)</script>\n', path.read_text("utf-8"))
+    return json.loads(text)
+
+
 def test_a_text_becomes_a_graph_of_its_first_mask(command, capsys):
     code, out = command("the old [MASK] sees a [MASK] river", "--check", 5, "--max-logits", 3)
     assert code == 0
@@ -41,6 +47,9 @@ def test_a_text_becomes_a_graph_of_its_first_mask(command, capsys):
     assert written["metadata"]["prompt_tokens"][masks[0]] == "[MASK]"
     assert len(written["nodes"]) > 10
     assert json.loads((out / "graph-metadata.json").read_text())["graphs"] == [written["metadata"]]
+    assert said.endswith(f"{out / 'graph.html'}: open it in a browser\n")
+    shown = page_data(out / "graph.html")
+    assert [node["id"] for node in shown["nodes"]] == [node["node_id"] for node in written["nodes"]]
 
 
 def test_another_mask_can_be_named(command):
@@ -55,6 +64,7 @@ def test_a_trajectory_becomes_the_graphs_of_its_steps(command, trajectory, tmp_p
     trajectory.save(tmp_path / "trajectory")
     position = int((trajectory.revealed_at[0] == trajectory.n_steps - 1).nonzero()[0, 0])
     arguments = ["--trajectory", tmp_path / "trajectory", "--position", position, "--max-tokens", 3]
+    arguments += ["--node-share", 0.5]  # not the default, which the page's own choice would be
     code, out = command(*arguments)
     assert code == 0
     listed = json.loads((out / "graph-metadata.json").read_text())["graphs"]
@@ -62,7 +72,15 @@ def test_a_trajectory_becomes_the_graphs_of_its_steps(command, trajectory, tmp_p
     assert listed[0]["slug"] == f"step-{trajectory.n_steps - 1}-position-{position}"
     loaded = CommitmentGraph.load(out / "graphs")
     assert [one.slug for one in loaded.commitments] == [one["slug"] for one in listed]
-    assert f"at {position}, weight 1.000" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"at {position}, weight 1.000" in said
+    assert said.endswith(f"{out / 'commitments.html'}: open it in a browser\n")
+    shown = page_data(out / "commitments.html")["commitments"]
+    for one, listed_one in zip(shown, listed, strict=True):
+        written = json.loads((out / f"{listed_one['slug']}.json").read_text())
+        assert [node["id"] for node in one["graph"]["nodes"]] == [
+            node["node_id"] for node in written["nodes"]
+        ]
 
 
 @pytest.mark.parametrize(

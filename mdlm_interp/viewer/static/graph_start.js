@@ -1,0 +1,5 @@
+// The page of one attribution graph.
+
+const only = new Graph(pageData());
+wireGraph();
+showGraph(only, only.restore(location.hash.slice(1)));
