@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 150
+ON_WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
+"""Behind what is written where lines may lie."""
+MOST_LINES = 2
+"""Values that are written above each other."""
 COLOURS = {"all": "#333333", "unmasked": "#4477aa", "masked": "#ee6677"}
 
 
@@ -70,19 +74,61 @@ def mark_gaps(axes: Any, places: Iterable[float], values: Iterable[Sequence[floa
             )
 
 
-def within(axes: Any, places: Iterable[float], values: Iterable[float], end: float) -> list[float]:
-    """Values that are drawn no higher than the end of an axis; those cut are written where they are drawn."""
-    drawn = []
+def within(values: Iterable[float], end: float) -> list[float]:
+    """Values as they are drawn on an axis that ends there; those without one stay so."""
+    return [value if math.isnan(value) else min(value, end) for value in values]
+
+
+def write_cut_bars(axes: Any, places: Iterable[float], values: Iterable[float], end: float) -> None:
+    """Write above bars that end with the axis how long they are, upwards, as there is no room to the sides."""
     for place, value in zip(places, values, strict=True):
         if value > end:
-            axes.text(place, end, f" {value:.3g}↑", rotation=90, ha="center", va="bottom", fontsize=7)
-        drawn.append(value if math.isnan(value) else min(value, end))
-    return drawn
+            # Turned, this arrow points up.
+            _write_above(axes, place, end, f"{value:.3g} →", rotation=90)
+
+
+def write_cut_points(
+    axes: Any, places: Iterable[float], values: Iterable[Sequence[float]], end: float
+) -> None:
+    """Write above the points that lie on the end of an axis where they belong, once for all at one place."""
+    for place, found in zip(places, values, strict=True):
+        above = sorted(value for value in found if value > end and math.isfinite(value))
+        if not above:
+            continue
+        text = "\n".join(f"↑ {value:.3g}" for value in reversed(above))
+        if len(above) > MOST_LINES:
+            text = f"{len(above)} up\nto {above[-1]:.3g}"
+        _write_above(axes, place, end, text)
+
+
+def _write_above(axes: Any, place: float, height: float, text: str, rotation: int = 0) -> None:
+    axes.annotate(
+        text,
+        (place, height),
+        xytext=(0, 5),
+        textcoords="offset points",
+        rotation=rotation,
+        ha="center",
+        va="bottom",
+        fontsize=8,
+        bbox=ON_WHITE,
+    )
 
 
 def write_at_bottom(axes: Any, place: float, text: str) -> None:
     at_bottom = axes.get_xaxis_transform()  # data along x, part of the height along y
-    axes.text(place, 0.02, text, transform=at_bottom, rotation=90, ha="center", va="bottom", fontsize=7)
+    axes.text(
+        place,
+        0.02,
+        text,
+        transform=at_bottom,
+        rotation=90,
+        ha="center",
+        va="bottom",
+        fontsize=7,
+        bbox=ON_WHITE,
+        zorder=3,
+    )
 
 
 def middles(t_bins: int) -> list[float]:

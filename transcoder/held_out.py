@@ -5,7 +5,8 @@
 2. A sequence of any store is training text if it was one whole, or if a quarter of its windows or more are among those:
    the same text noised otherwise, captured again, cut at other places, or out of another file is found. Of unrelated
    text some windows are common phrases.
-3. All other sequences are held out.
+3. All other sequences are held out: those that an evaluation takes of any store, and those of its own store that a
+   run calibrates and measures itself on, which for that leaves out what of its split repeats the training side.
 """
 
 # Axes: seq, pos
@@ -13,6 +14,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from mdlm_interp.errors import CheckpointError, DataError
 from mdlm_interp.shapes import Int64
-from transcoder.data import RowStore
+from transcoder.data import RowStore, SequenceSplit, split_sequences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,12 +92,45 @@ def is_training_text(clt: CrossLayerTranscoder, x_0: Int64[Tensor, "seq pos"]) -
             "the transcoder does not record which text it was trained on, so none can be called held "
             "out; train it again with this version, or hand evaluate() sequences instead of a store"
         )
+    return _is_of(clt.training_sequences, record["one_in"], x_0)
+
+
+def _is_of(training: NDArray[np.int64], one_in: int, x_0: Int64[Tensor, "seq pos"]) -> NDArray[np.bool_]:
+    """Whether each sequence, or much of it, is text that has these hashes."""
     windows = window_hashes(x_0)
-    looked_at = _chosen(windows, record["one_in"])
-    found = np.isin(windows.view(np.int64), clt.training_sequences) & looked_at
+    looked_at = _chosen(windows, one_in)
+    found = np.isin(windows.view(np.int64), training) & looked_at
     is_much = found.sum(1) >= np.maximum(MUCH * looked_at.sum(1), 1)
-    result: NDArray[np.bool_] = np.isin(sequence_hashes(x_0), clt.training_sequences) | is_much
+    result: NDArray[np.bool_] = np.isin(sequence_hashes(x_0), training) | is_much
     return result
+
+
+@dataclass(frozen=True)
+class TextSplit(SequenceSplit):
+    """A split by text, and what a transcoder keeps of its training side."""
+
+    hashes: NDArray[np.int64]
+    windows: dict[str, int]
+    """How the windows among the hashes were chosen."""
+    n_repeated: int
+    """Sequences on neither side: not trained on, but they repeat text that is."""
+
+
+def split_text(x_0: Int64[Tensor, "seq pos"], held_out_fraction: float, seed: int) -> TextSplit:
+    """`split_sequences`, of whose held-out side only what `is_training_text` calls no training text is kept.
+
+    Raises:
+        DataError: If nothing is left on a side.
+    """
+    split = split_sequences(x_0, held_out_fraction, seed)
+    hashes, windows = training_hashes(x_0[split.train])
+    repeated = _is_of(hashes, windows["one_in"], x_0[split.held_out])
+    if repeated.all():
+        raise DataError(
+            f"all {len(repeated)} sequences on the held-out side of the split repeat text of the training side "
+            f"({MUCH:g} or more of their windows of {WINDOW} tokens), nothing is held out; use more varied text"
+        )
+    return TextSplit(split.train, split.held_out[~repeated], hashes, windows, int(repeated.sum()))
 
 
 def _chosen(windows: NDArray[np.uint64], one_in: int) -> NDArray[np.bool_]:

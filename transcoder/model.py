@@ -17,7 +17,6 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ from torch.nn import functional
 
 from mdlm_interp.errors import DataError
 from mdlm_interp.model import HookedMDLM
-from mdlm_interp.shapes import Float, Float64
+from mdlm_interp.shapes import Float
 from transcoder.activations import jumprelu, topk
 from transcoder.config import InitConfig, TranscoderConfig
+from transcoder.folded import FoldedWeights, folded_weights
 from transcoder.initialisation import initialise
 from transcoder.normalisation import Normalisation
 
@@ -251,26 +251,9 @@ class CrossLayerTranscoder(nn.Module):
         """The reconstruction of every layer's output from every layer's input."""
         return self.decode(self.encode(x), x)
 
-    @torch.no_grad()
     def folded(self) -> FoldedWeights:
         """The weights with normalisation folded in, in float64: they take and give raw activations."""
-        in_scale, out_scale = self.in_scale.double()[:, None], self.out_scale.double()[:, None]
-        shift = torch.einsum("lfd,ld->lf", self.W_enc.double(), self.in_mean.double())
-        b_dec, skip = self.b_dec.double() / out_scale + self.out_mean.double(), None
-        if self.W_skip is not None:
-            skip = self.W_skip.double() * (in_scale / out_scale)[..., None]
-            b_dec -= torch.einsum("loi,li->lo", skip, self.in_mean.double())
-        return FoldedWeights(
-            W_enc=self.W_enc.double() * in_scale[..., None],
-            b_enc=self.b_enc.double() - shift * in_scale,
-            W_dec=[
-                weight.double() / self.target_scale(source).double()[:, None]
-                for source, weight in enumerate(self.W_dec)
-            ],
-            b_dec=b_dec,
-            threshold=None if self.log_threshold is None else self.log_threshold.double().exp(),
-            W_skip=skip,
-        )
+        return folded_weights(self)
 
     def extra_repr(self) -> str:
         """Shape, for printing."""
@@ -282,21 +265,6 @@ class CrossLayerTranscoder(nn.Module):
         return ", ".join(f"{name}={getattr(config, name)}" for name in shown) + (
             ", skip" if config.skip else ""
         )
-
-
-@dataclass(frozen=True)
-class FoldedWeights:
-    """A transcoder without normalisation: same features, same reconstruction."""
-
-    W_enc: Float64[Tensor, "layer feature d_model"]
-    b_enc: Float64[Tensor, "layer feature"]
-    W_dec: list[Tensor]
-    """Float64 [feature later d_model] of each source layer."""
-    b_dec: Float64[Tensor, "layer d_model"]
-    threshold: Float64[Tensor, "layer feature"] | None
-    """Of pre-activations; None if the activation has none."""
-    W_skip: Float64[Tensor, "layer d_model d_model"] | None
-    """[layer out in]: from a layer's input to its output; None without a skip."""
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

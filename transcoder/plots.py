@@ -29,6 +29,8 @@ from transcoder.figures import (
     t_axis,
     which,
     within,
+    write_cut_bars,
+    write_cut_points,
 )
 from transcoder.metrics import DENSE, STRATA, LayerMetrics
 
@@ -54,11 +56,12 @@ def plot_fvu(evaluation: Evaluation) -> Figure:
         first = first or axes
         for layer in range(evaluation.n_layers):
             values = drawable(layers[layer].fvu for layers in evaluation.layers_by_t[stratum])
-            values = within(axes, middles(evaluation.t_bins), values, end)
             colour = layer_colour(layer, evaluation.n_layers)
-            axes.plot(middles(evaluation.t_bins), values, "o-", color=colour, label=f"layer {layer}")
-        gaps = [[layer.fvu for layer in layers] for layers in evaluation.layers_by_t[stratum]]
-        mark_gaps(axes, middles(evaluation.t_bins), gaps)
+            places = middles(evaluation.t_bins)
+            axes.plot(places, within(values, end), "o-", color=colour, label=f"layer {layer}")
+        found = [[layer.fvu for layer in layers] for layers in evaluation.layers_by_t[stratum]]
+        mark_gaps(axes, middles(evaluation.t_bins), found)
+        write_cut_points(axes, middles(evaluation.t_bins), found, end)
         t_axis(axes, evaluation.t_bins)
         axes.set_title(f"{stratum} positions, by t")
         if column == 0:
@@ -87,18 +90,15 @@ def _fvu_bars(axes: Any, layers: Mapping[str, Sequence[LayerMetrics]]) -> None:
     for offset, stratum in enumerate(STRATA):
         values = drawable(layer.fvu for layer in layers[stratum])
         places = numbers + 0.27 * (offset - 1)
-        axes.bar(
-            places,
-            within(axes, places, values, end),
-            0.25,
-            label=f"{stratum} positions",
-            color=COLOURS[stratum],
-        )
+        label = f"{stratum} positions"
+        axes.bar(places, within(values, end), 0.25, label=label, color=COLOURS[stratum])
+        write_cut_bars(axes, places, values, end)
         mark_undefined(axes, places, values)
     axes.set_xticks(numbers)
     axes.set_xlabel("layer")
     axes.set_ylabel("fraction of variance unexplained")
-    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # the legend's place
+    # The legend's place, and under it that of what is written above the end.
+    axes.set_ylim(0, (1.15 if math.isinf(end) else 1.25) * axes.get_ylim()[1])
     axes.legend(ncols=3, loc="upper right", frameon=False)
 
 

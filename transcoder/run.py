@@ -24,13 +24,12 @@ from capture import ActivationStore, open_store
 from mdlm_interp import __version__
 from mdlm_interp.config_files import to_mapping
 from mdlm_interp.devices import usable_device
-from mdlm_interp.errors import CheckpointError, OutputExistsError
+from mdlm_interp.errors import CheckpointError, DataError, OutputExistsError
 from transcoder.calibration import calibrated
 from transcoder.checkpoint import CONFIG, load_clt, read_json, save_clt, write_json
-from transcoder.config import METRICS, CLTRunConfig
+from transcoder.config import METRICS, CLTRunConfig, TranscoderConfig
 from transcoder.data import coverage
 from transcoder.exclusive import only_run
-from transcoder.held_out import training_hashes
 from transcoder.initialisation import set_firing_rates
 from transcoder.model import CrossLayerTranscoder
 from transcoder.run_plots import draw_run
@@ -202,8 +201,7 @@ def prepare(config: CLTRunConfig, source: Source, processes: Processes | None = 
     norms = (source.normalisation(shape.input_hooks), source.normalisation(shape.output_hooks))
     seed, layout = config.train.seed, together.layout
     blocks = feature_blocks(shape, norms, seed=seed, init=config.init, layout=layout, device=device)
-    sequences, windows = training_hashes(source.x_0[source.split.train])
-    record = {**source.record(shape), "text_windows": windows}
+    record = {**source.record(shape), "text_windows": source.split.windows}
     provenance = _provenance(config, blocks[0], record)
     trainer = Trainer(blocks, batches, config.train, together)
     saved = latest_training_state(config.out)
@@ -212,6 +210,8 @@ def prepare(config: CLTRunConfig, source: Source, processes: Processes | None = 
             rows = _first_rows(trainer, config.init.rows).to(device)
             for block in blocks:
                 set_firing_rates(block, rows, config.init.active_features)
+        if config.activation == "batchtopk":
+            together.first(lambda: _need_held_out_rows(source, shape, config.train.select))
         verification = together.first(lambda: source.verified(shape))
     else:
         tensors, state = load_training_state(saved, together)
@@ -223,9 +223,18 @@ def prepare(config: CLTRunConfig, source: Source, processes: Processes | None = 
             raise damaged_state(saved, error) from None
         logger.info("continuing from %s", saved)
     for block in blocks:
-        block.training_sequences = sequences
+        block.training_sequences = source.split.hashes
         block.provenance = {**provenance, "verification": verification}
     return trainer
+
+
+def _need_held_out_rows(source: Source, shape: TranscoderConfig, select: str) -> None:
+    # What calibration would otherwise say after all the training.
+    if not source.held_out(shape):
+        raise DataError(
+            f"a batchtopk is calibrated on held-out rows when training ends, and there are none of those selected "
+            f"({select}); raise held_out_fraction, or set train.select to all"
+        )
 
 
 def _first_rows(trainer: Trainer, count: int) -> torch.Tensor:

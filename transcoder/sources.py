@@ -14,7 +14,8 @@ from mdlm_interp.errors import StoreError
 from mdlm_interp.shapes import Int64
 from transcoder.batches import Batch, Batches, StoreBatches, held_out_batches
 from transcoder.config import CLTRunConfig, TranscoderConfig
-from transcoder.data import SequenceSplit, coverage, infer_shape, split_sequences, store_normalisation
+from transcoder.data import coverage, infer_shape, store_normalisation
+from transcoder.held_out import TextSplit, split_text
 from transcoder.identity import make_probe, store_origin
 from transcoder.normalisation import Normalisation
 from transcoder.verified_targets import verified_targets
@@ -24,7 +25,7 @@ from transcoder.verified_targets import verified_targets
 class Source(Protocol):
     """What a run trains on."""
 
-    split: SequenceSplit
+    split: TextSplit
 
     @property
     def x_0(self) -> Int64[Tensor, "seq pos"]:
@@ -45,7 +46,7 @@ class Source(Protocol):
         ...
 
     def held_out(self, shape: TranscoderConfig) -> list[Batch]:
-        """Some batches of sequences that training never sees; none if they have no row of those selected."""
+        """Some batches of text that training never sees; none if there is no row of those selected."""
         ...
 
     def record(self, shape: TranscoderConfig) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class StoreSource:
         self._store, self._config = store, config
         self._dimensions = infer_shape(store, config.input_hook, config.output_hook)
         self._x_0 = store.tokens()[0]
-        self.split = split_sequences(self._x_0, config.held_out_fraction, config.train.seed)
+        self.split = split_text(self._x_0, config.held_out_fraction, config.train.seed)
 
     @property
     def x_0(self) -> Int64[Tensor, "seq pos"]:
@@ -92,7 +93,7 @@ class StoreSource:
         return StoreBatches(store, self.split.train, train, shape.input_hooks, shape.output_hooks)
 
     def held_out(self, shape: TranscoderConfig) -> list[Batch]:
-        """Of sequences that training never sees."""
+        """Of sequences that an evaluation of the same store takes."""
         store, train = self._store, self._config.train
         return held_out_batches(store, self.split.held_out, train, shape.input_hooks, shape.output_hooks)
 

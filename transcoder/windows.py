@@ -1,16 +1,21 @@
 """A process's rows of shuffled batches: it reads those of its own, and copies each once into its place.
 
 The order is that of `capture.iteration.ShuffledRows`, so which rows make a batch, and where in it each is, depends on
-nothing here. A window is read when a batch first needs it, ascending, and of its rows only those that some batch will
-want of this process; each batch then gathers its rows straight into the tensors that training takes.
+nothing here. A window is read ascending, and of its rows only those that some batch will want of this process; each
+batch then gathers its rows straight into the tensors that training takes. While the batches of one window are used, a
+thread reads the next, so that training waits for neither the disk nor the copies; it begins when the window before is
+given up, so that at most two are in memory.
 """
 
 # Axes: layer, row, d_model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from threading import Thread
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -30,11 +35,44 @@ class _Window(NamedTuple):
     """Of each row in the order of use, where it is in `own`; of no meaning for other processes' rows."""
 
 
+_Key: TypeAlias = tuple[int, int, int, int]
+"""Of a window: epoch, number, and the ends of the part of each batch."""
+
+
+class _Ahead:
+    """A window that a thread reads before it is asked for."""
+
+    def __init__(self, key: _Key, read: Callable[[], _Window]) -> None:
+        self._key, self._process = key, os.getpid()
+        self._found: Future[_Window] = Future()
+        # No daemon: the end of the program waits for it, as it may be inside another library.
+        Thread(target=self._run, args=(read,), name="window read ahead").start()
+
+    def _run(self, read: Callable[[], _Window]) -> None:
+        try:
+            self._found.set_result(read())
+        except BaseException as error:  # noqa: BLE001  (raised where the window is asked for)
+            self._found.set_exception(error)
+
+    def is_of(self, key: _Key) -> bool:
+        """Whether it is this window; a forked process has not the thread that reads it."""
+        return self._key == key and self._process == os.getpid()
+
+    def window(self) -> _Window:
+        """The window, when it is read.
+
+        Raises:
+            Exception: What reading it raised.
+        """
+        return self._found.result()
+
+
 class OwnRows(ShuffledRows):
     """Batches of which some rows are read; see `ShuffledRows` for the arguments."""
 
-    _kept: dict[tuple[int, int, int, int], _Window] | None = None
-    """The windows of the part given last, by epoch, number and the part."""
+    _kept: dict[_Key, _Window] | None = None
+    """The windows of the part given last."""
+    _ahead: _Ahead | None = None
 
     def part(
         self, epoch: int, step: int, own: range, acts: Sequence[tuple[str, Float32[Tensor, "row d_model"]]]
@@ -55,7 +93,7 @@ class OwnRows(ShuffledRows):
         parts, filled = [], 0
         for window, positions in _of_part(pieces, own):
             if keys[window] not in self._kept:
-                self._kept[keys[window]] = self._read_own(epoch, window, own)
+                self._kept[keys[window]] = self._window(keys[window])
                 self._prefetch_after(epoch, window)
             kept = self._kept[keys[window]]
             index = torch.from_numpy(kept.places[positions])
@@ -64,17 +102,28 @@ class OwnRows(ShuffledRows):
             filled += len(index)
             coords = {name: values[index] for name, values in kept.own.coords.items()}
             parts.append(RowBatch(rows=kept.own.rows[index], acts={}, coords=coords))
+        if len(self._kept) == 1:
+            self._read_ahead((*self._following(epoch, pieces[-1][0]), own.start, own.stop))
         return RowBatch(
             rows=torch.cat([part.rows for part in parts]),
             acts={},
             coords={name: torch.cat([part.coords[name] for part in parts]) for name in parts[0].coords},
         )
 
-    def _read_own(self, epoch: int, window: int, own: range) -> _Window:
+    def _window(self, key: _Key) -> _Window:
+        ahead, self._ahead = self._ahead, None
+        return ahead.window() if ahead is not None and ahead.is_of(key) else self._read_own(key)
+
+    def _read_ahead(self, key: _Key) -> None:
+        if self._ahead is None or not self._ahead.is_of(key):
+            self._ahead = _Ahead(key, lambda: self._read_own(key))
+
+    def _read_own(self, key: _Key) -> _Window:
+        epoch, window, start, stop = key
         rows, order = self._window_rows(epoch, window)
         place_in_batch = (int(self._share(epoch).bounds[window]) + np.arange(len(rows))) % self.batch_size
         is_own = np.zeros(len(rows), np.bool_)
-        is_own[order] = (place_in_batch >= own.start) & (place_in_batch < own.stop)
+        is_own[order] = (place_in_batch >= start) & (place_in_batch < stop)
         return _Window(self._read(rows[is_own]), (is_own.cumsum() - 1)[order])
 
 

@@ -1,17 +1,22 @@
 """Batches: a pure function of (seed, step), every training row at most once an epoch, held-out rows never."""
 
+import os
+import signal
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from capture.convert.export import export_store
 from mdlm_interp.errors import DataError, StoreError
 from transcoder.batches import StoreBatches, held_out_batches
 from transcoder.checkpoint import load_clt
 from transcoder.config import TrainConfig
 from transcoder.data import infer_shape, split_sequences
 from transcoder.run import train
+from transcoder.windows import OwnRows
 
 HOOKS = (["blocks.0.mlp.hook_in"], ["blocks.0.hook_mlp_out"])
 
@@ -136,6 +141,17 @@ def test_stores_of_any_rows_can_be_trained_on(capture, run_config, changes):
     assert proof["rows"] > 0
 
 
+@pytest.mark.parametrize(("to", "name"), [("hdf5", "run.h5"), ("safetensors", "run")])
+def test_an_export_of_a_store_trains_the_same_bits(store, run_config, tmp_path, to, name):
+    """Exact: the same rows in the same order from another container."""
+    export_store(store, tmp_path / name, to=to)
+    settings = replace(run_config.train, steps=5)
+    expected = train(replace(run_config, train=settings))
+    found = train(replace(run_config, store=tmp_path / name, out=tmp_path / "again", train=settings))
+    assert all(torch.equal(found.state_dict()[key], value) for key, value in expected.state_dict().items())
+    assert found.provenance["store"]["fingerprint"] == expected.provenance["store"]["fingerprint"]
+
+
 def test_the_shape_is_read_off_the_store(store):
     assert infer_shape(store, "blocks.{layer}.mlp.hook_in", "blocks.{layer}.hook_mlp_out") == (3, 32)
 
@@ -192,17 +208,104 @@ def test_parts_of_a_batch_are_what_the_whole_has_there(store, changes, world_siz
             assert all(torch.equal(found.where[name], expected.where[name][cut]) for name in found.where)
 
 
-def test_a_process_reads_its_own_rows_alone_and_once(reopened, monkeypatch):
-    made, _ = batches(reopened)
-    read, asked = reopened.read, []
+def windows_read(monkeypatch):
+    """The rows of each window that is read from here on, by epoch and number, and what waits before each is read."""
+    read, found, gate = OwnRows._read_own, {}, threading.Event()
 
-    def reading(rows, hooks=None):
-        asked.append(np.asarray(rows))
-        return read(rows, hooks)
+    def reading(self, key):
+        gate.wait(60)
+        window = read(self, key)
+        assert key[:2] not in found, "read twice"
+        found[key[:2]] = window.own.rows.numpy()
+        return window
 
-    monkeypatch.setattr(reopened, "read", reading)
+    gate.set()
+    monkeypatch.setattr(OwnRows, "_read_own", reading)
+    return found, gate
+
+
+def joined_threads():
+    """Wait for what reads ahead."""
+    for thread in threading.enumerate():
+        if thread.name == "window read ahead":
+            thread.join(60)
+
+
+def test_a_process_reads_its_own_rows_alone_and_once(store, monkeypatch):
+    made, _ = batches(store)
+    found, _ = windows_read(monkeypatch)
     used = np.concatenate([made.batch(step, range(10, 35)).rows for step in range(15)])
-    wanted = np.concatenate(asked)
+    joined_threads()
+    of_epoch = [rows for (epoch, _), rows in found.items() if epoch == 0]
+    wanted = np.concatenate(of_epoch)
     assert len(np.unique(wanted)) == len(wanted)
     assert np.isin(used, wanted).all()
     assert len(used) <= len(wanted) < len(used) + 25  # what fills no batch at the end of an epoch
+    # Of the next epoch no more than the window that its first batch wants.
+    assert set(found) - {(0, number) for number in range(len(of_epoch))} <= {(1, 0)}
+
+
+def test_the_next_window_is_read_while_the_batches_of_one_are_used_and_no_further(store, monkeypatch):
+    made, _ = batches(store)
+    found, gate = windows_read(monkeypatch)
+    made.batch(0)
+    joined_threads()
+    assert list(found) == [(0, 0), (0, 1)]
+    gate.clear()
+    # A batch of two windows keeps both; only when the first is given up is the next one begun.
+    spanning = next(step for step in range(1, 15) if len(made._parts[0]._pieces(0, step)) == 2)
+    for step in range(1, spanning + 1):
+        made.batch(step)
+    assert not [thread for thread in threading.enumerate() if thread.name == "window read ahead"]
+    made.batch(spanning + 1)
+    assert [thread for thread in threading.enumerate() if thread.name == "window read ahead"]
+    assert list(found) == [(0, 0), (0, 1)]
+    gate.set()
+    joined_threads()
+    assert list(found) == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_going_to_another_place_takes_no_window_that_was_read_for_elsewhere(store):
+    made, _ = batches(store)
+    for step in (0, 12, 3, 31, 0, 14, 15):
+        fresh, _ = batches(store)
+        found, expected = made.batch(step), fresh.batch(step)
+        assert torch.equal(found.x, expected.x)
+        assert np.array_equal(found.rows, expected.rows)
+
+
+def test_what_goes_wrong_while_reading_ahead_is_raised_where_the_window_is_wanted(reopened, monkeypatch):
+    made, _ = batches(reopened)
+    read = reopened.read
+
+    def failing(rows, hooks=None):
+        if threading.current_thread() is not threading.main_thread():
+            raise StoreError("a disk failed")
+        return read(rows, hooks)
+
+    monkeypatch.setattr(reopened, "read", failing)
+    first = next(step for step in range(15) if len(made._parts[0]._pieces(0, step)) == 2)
+    for step in range(first):
+        made.batch(step)
+    with pytest.raises(StoreError, match="a disk failed"):
+        made.batch(first)
+    # Asked again, it is read again.
+    made.batch(first)
+
+
+def test_a_forked_process_reads_what_the_threads_it_has_not_were_reading(store, monkeypatch):
+    made, _ = batches(store)
+    expected = batches(store)[0].batch(15).x
+    joined_threads()
+    _, gate = windows_read(monkeypatch)
+    made.batch(0)
+    joined_threads()
+    gate.clear()
+    made.batch(next(step for step in range(15) if made._parts[0]._pieces(0, step)[0][0] == 1))
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # of one that waits for ever
+        gate.set()
+        os._exit(0 if torch.equal(made.batch(15).x, expected) else 1)
+    gate.set()
+    assert os.waitpid(child, 0)[1] == 0

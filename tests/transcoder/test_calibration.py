@@ -10,6 +10,7 @@ from transcoder import CrossLayerTranscoder
 from transcoder.calibration import calibrated, layer_thresholds
 from transcoder.checkpoint import load_clt
 from transcoder.run import train
+from transcoder.sources import StoreSource
 
 
 @pytest.fixture
@@ -78,3 +79,14 @@ def test_training_saves_the_calibrated_transcoder(run_config):
     assert loaded.config == clt.config
     assert loaded.thresholds().std(1).max() < 1e-6  # one threshold a layer
     assert loaded.provenance["run"]["activation"] == "batchtopk"
+
+
+def test_without_held_out_rows_to_calibrate_on_nothing_is_trained(run_config, monkeypatch):
+    monkeypatch.setattr(StoreSource, "held_out", lambda self, shape: [])
+    with pytest.raises(
+        DataError, match=r"none of those selected \(all\); raise held_out_fraction, or set train"
+    ):
+        train(replace(run_config, activation="batchtopk", k=3))
+    assert not (run_config.out / "metrics.jsonl").exists()
+    # Other activations need none.
+    assert train(run_config).config.activation == "topk"

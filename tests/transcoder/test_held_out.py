@@ -1,6 +1,7 @@
 """What counts as held out: by the text of sequences, in any store, and only in a store of the same origin."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,17 @@ from capture import open_store
 from mdlm_interp import HookedMDLM
 from mdlm_interp.__main__ import main
 from mdlm_interp.errors import CheckpointError, DataError, StoreError
-from transcoder import CrossLayerTranscoder, TranscoderConfig, evaluate
+from transcoder import CrossLayerTranscoder, TranscoderConfig, evaluate, run
+from transcoder.calibration import calibrated
 from transcoder.checkpoint import load_clt, save_clt
+from transcoder.config import LiveConfig
 from transcoder.data import split_sequences
 from transcoder.evaluation import NoisedSequences
 from transcoder.held_out import (
     held_out_sequences,
     is_training_text,
     sequence_hashes,
+    split_text,
     training_hashes,
     window_hashes,
 )
@@ -124,6 +128,63 @@ def test_held_out_sequences_that_repeat_much_of_the_training_text_are_excluded_t
     expected = [int(number) for number, share in zip(split.held_out, shares, strict=True) if share < 0.25]
     assert held_out_sequences(trained, store).tolist() == expected
     assert 0 < len(expected) < len(split.held_out)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_run_calibrates_and_measures_itself_on_what_an_evaluation_takes(
+    live, run_config, store, model_directory, text, monkeypatch
+):
+    """Exact: the sequences whose rows it is calibrated on, and its plots are of, are those of `clt eval`."""
+    calibrated_on, drawn = [], []
+
+    def looked_at(clt, batches):
+        calibrated_on.append(torch.cat(list(batches), 1))
+        return calibrated(clt, batches)
+
+    monkeypatch.setattr(run, "calibrated", looked_at)
+    monkeypatch.setattr(run, "draw_run", lambda clt, held_out, *_: drawn.extend(held_out))
+    config = replace(
+        run_config, activation="batchtopk", k=4, train=replace(run_config.train, plots=True, steps=2)
+    )
+    if live:
+        rows = LiveConfig(files=(text,), length=24, max_sequences=40, window_sequences=6, batch_sequences=4)
+        config = replace(config, store=None, live=rows, model=str(model_directory))
+    clt = train(config)
+    expected = held_out_sequences(clt, store).tolist()
+    # The neighbour that fails: the split alone, of which some repeat the training side.
+    assert set(expected) < set(split_sequences(store.tokens()[0], 0.2, 6).held_out.tolist())
+    assert sorted({int(seq) for batch in drawn for seq in batch.where["seq"]}) == expected
+    assert torch.equal(calibrated_on[0], torch.cat([batch.x for batch in drawn], 1))
+
+
+def test_a_split_keeps_of_its_held_out_side_what_repeats_no_training_text():
+    stream = torch.randint(0, 300, (40, 64), generator=torch.Generator().manual_seed(0))
+    plain = split_text(stream, 0.25, 1)
+    assert (len(plain.held_out), plain.n_repeated) == (10, 0)
+    copied = stream.clone()
+    repeats, differs = plain.held_out[:4].tolist(), plain.held_out[4:].tolist()
+    copied[repeats, :32] = stream[plain.train[:4], 32:]
+    split = split_text(copied, 0.25, 1)
+    assert split.held_out.tolist() == differs
+    assert split.n_repeated == 4
+    assert np.array_equal(split.train, plain.train)
+    clt = trained_on(split.hashes, split.windows)
+    assert (~is_training_text(clt, copied)).nonzero()[0].tolist() == differs
+
+
+def test_a_store_whose_held_out_side_only_repeats_its_training_side_is_refused_before_training(
+    run_config, reopened, monkeypatch
+):
+    x_0 = reopened.tokens()[0]
+    repeated = torch.cat([x_0[:1, :12].expand(len(x_0), 12), x_0[:, 12:]], 1)
+    monkeypatch.setattr(reopened, "tokens", lambda: (repeated, repeated))
+    message = (
+        r"all \d+ sequences on the held-out side of the split repeat text of the training side \(0.25 or more of "
+        r"their windows of 8 tokens\), nothing is held out; use more varied text"
+    )
+    with pytest.raises(DataError, match=message):
+        train(run_config, store=reopened)
+    assert not (run_config.out / "metrics.jsonl").exists()
 
 
 def test_training_text_out_of_another_file_is_excluded(model, trained, store, capture, text, tmp_path):

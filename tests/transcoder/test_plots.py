@@ -29,9 +29,18 @@ def test_a_layer_that_is_far_off_is_cut_and_its_value_written(evaluation):
     layers = {stratum: list(found) for stratum, found in evaluation.layers.items()}
     layers["all"][1] = replace(layers["all"][1], fvu=31.4)
     axes = draw_fvu(layers, "").axes[0]
-    assert axes.get_ylim()[1] < 1.3 * FVU_END
+    assert axes.get_ylim()[1] < 1.4 * FVU_END
     assert tallest(axes) == FVU_END
-    assert [text.get_text() for text in axes.texts] == [" 31.4↑"]
+    (text,) = axes.texts
+    assert (text.get_text(), text.get_rotation()) == ("31.4 →", 90)
+    axes.figure.canvas.draw()
+    box = text.get_window_extent()
+    assert axes.get_window_extent().containsx(box.x0)
+    assert axes.get_window_extent().containsy(box.y1)
+    legend = axes.get_legend()
+    assert legend is not None
+    assert not box.overlaps(legend.get_window_extent())
+    assert not any(box.overlaps(bar.get_window_extent()) for bar in axes.patches)
 
 
 def test_where_most_is_far_off_the_axis_shows_it(evaluation):
@@ -49,7 +58,24 @@ def test_an_outlier_in_one_part_of_t_does_not_hide_the_others(evaluation):
     by_t["masked"][known[0]][0] = replace(by_t["masked"][known[0]][0], fvu=400.0)
     figure = plot_fvu(replace(evaluation, layers_by_t=by_t))
     assert figure.axes[2].get_ylim()[1] < 1.3 * FVU_END
-    assert " 400↑" in [text.get_text() for text in figure.axes[2].texts]
+    assert "↑ 400" in [text.get_text() for text in figure.axes[2].texts]
+
+
+@pytest.mark.parametrize(
+    ("fvus", "says"), [([1.6], "↑ 1.6"), ([2.25, 1.6], "↑ 2.25\n↑ 1.6"), ([1.6, 400.0, 2.0], "3 up\nto 400")]
+)
+def test_layers_cut_in_the_same_part_of_t_are_written_once_and_inside_the_panel(evaluation, fvus, says):
+    by_t = {stratum: [list(layers) for layers in bins] for stratum, bins in evaluation.layers_by_t.items()}
+    known = next(number for number, layers in enumerate(by_t["masked"]) if layers[0].undefined is None)
+    for layer, fvu in enumerate(fvus):
+        by_t["masked"][known][layer] = replace(by_t["masked"][known][layer], fvu=fvu)
+    figure = plot_fvu(replace(evaluation, layers_by_t=by_t))
+    axes = figure.axes[2]
+    assert says in [text.get_text() for text in axes.texts]
+    figure.canvas.draw()
+    (box,) = [text.get_window_extent() for text in axes.texts if text.get_text() == says]
+    panel = axes.get_window_extent()
+    assert panel.y0 < box.y0 < box.y1 <= panel.y1
 
 
 def test_no_legend_lies_on_what_is_written_in_a_panel(evaluation):

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from mdlm_interp.errors import CheckpointError, DataError, OutputExistsError
+from transcoder import CrossLayerTranscoder, block_terms
 from transcoder.batches import Batch, StoreBatches
 from transcoder.checkpoint import load_clt
 from transcoder.config import METRICS, TrainConfig
 from transcoder.data import split_sequences
+from transcoder.kernels import pre_activations
 from transcoder.run import train
 from transcoder.trainer import Trainer
 from transcoder.training_log import read_log
@@ -254,20 +256,51 @@ def test_training_reconstructs_far_better_than_the_mean(trained_directory):
     assert log[-1]["rows"] == 150 * 128
 
 
+class Same:
+    """The same rows at every step."""
+
+    def __init__(self, rows):
+        is_masked, t = torch.zeros(64, dtype=torch.bool), torch.ones(64, dtype=torch.float64)
+        self.given = Batch(np.arange(64), rows[0], rows[1], is_masked=is_masked, t=t, where={})
+
+    def batch(self, step, own=None):
+        return self.given
+
+    def cursor(self, step):
+        return {}
+
+
 def test_dead_counters_count_rows_since_a_feature_was_active(clt, rows):
-    class Same:
-        def batch(self, step, own=None):
-            is_masked, t = torch.zeros(64, dtype=torch.bool), torch.ones(64, dtype=torch.float64)
-            return Batch(np.arange(64), rows[0], rows[1], is_masked=is_masked, t=t, where={})
-
-        def cursor(self, step):
-            return {}
-
     with torch.no_grad():
         clt.b_enc[1, 5] = -1e3
-    trainer = Trainer(clt, Same(), TrainConfig(lr=1e-9, dead_after_tokens=128))
+    trainer = Trainer(clt, Same(rows), TrainConfig(lr=1e-9, dead_after_tokens=128))
     metrics = [trainer.step() for _ in range(3)]
     active = (clt.encode(rows[0]) > 0).any(1)
     assert trainer.rows_since_active[1, 5] == 192
     assert torch.equal(trainer.rows_since_active == 0, active)
     assert [step.dead for step in metrics] == [0, 0, int((~active).sum())]
+
+
+def test_a_step_encodes_its_rows_once_and_updates_all_parameters_in_one_fused_call(clt, rows, monkeypatch):
+    encoded = []
+
+    def counted(x, W_enc, b_enc):
+        encoded.append(tuple(x.shape))
+        return pre_activations(x, W_enc, b_enc)
+
+    def refused(self, *_):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(block_terms, "pre_activations", counted)
+    for name in ("pre_acts", "all_pre_acts"):
+        monkeypatch.setattr(CrossLayerTranscoder, name, refused)
+    with torch.no_grad():
+        clt.b_enc[1, 5] = -1e3
+    config = TrainConfig(
+        dead_after_tokens=64, auxk=5, sparsity="tanh", pre_act="zero", pre_act_on="dead", log_every=1
+    )
+    trainer = Trainer(clt, Same(rows), config)
+    # From the second step on a feature is dead, and every term of the loss is there.
+    assert [trainer.step().auxk > 0 for _ in range(3)] == [False, True, True]
+    assert encoded == [tuple(rows[0].shape)] * 3
+    assert trainer.optimiser.defaults["fused"] is True

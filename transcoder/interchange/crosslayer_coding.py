@@ -22,8 +22,6 @@ Source:
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +33,14 @@ from mdlm_interp.shapes import Float64
 from transcoder.checkpoint import read_json, write_json, write_tensors
 from transcoder.config import TranscoderConfig
 from transcoder.config_checks import LAYER_FIELD
+from transcoder.folded import FoldedWeights
+from transcoder.interchange.crosslayer_statistics import CONFIG, denormalised
 from transcoder.interchange.exchanged import About, Hooks, Reading
 from transcoder.interchange.form import LOG_TINY, Form, single
 from transcoder.interchange.stored import StoredTensors, require
-from transcoder.model import FoldedWeights
 
-CONFIG, WEIGHTS, STATISTICS = "cfg.json", "model.safetensors", "norm_stats.json"
+WEIGHTS = "model.safetensors"
 LATEST = "clt_checkpoint_latest.safetensors"
-STD_EPS = 1e-6
-"""Added to the standard deviations of norm_stats.json."""
 
 OFF = {"enable_feature_offset": False}
 """Settings that have to be off: an offset on active features only is no linear decoder."""
@@ -123,7 +120,7 @@ def read(path: Path, hooks: Hooks) -> Reading:
         W_skip=_skip(stored, config, tying),
     )
     stored.finish()
-    weights, notes = _denormalised(weights, directory, str(settings.get("normalization_method", "none")))
+    weights, notes = denormalised(weights, directory, str(settings.get("normalization_method", "none")))
     for side, named in (("input", hooks.input), ("output", hooks.output)):
         if not settings.get(f"tl_{side}_template") and named is None:
             taken = getattr(config, f"{side}_hook")
@@ -245,69 +242,3 @@ def _skip(
                     f"its layer, so it cannot be imported"
                 )
     return torch.stack(found)
-
-
-def _denormalised(weights: FoldedWeights, directory: Path, method: str) -> tuple[FoldedWeights, list[str]]:
-    """The same transcoder of raw activations."""
-    if method == "none":
-        return weights, []
-    n_layers, _, d_model = weights.W_enc.shape
-    if method == "sqrt_d_model":
-        # Inputs and targets both times sqrt(d), without centring.
-        root = torch.full((n_layers, d_model), 1.0 / math.sqrt(d_model), dtype=torch.float64)
-        zero = torch.zeros_like(root)
-        moments = {"inputs": (zero, root), "targets": (zero, root)}
-    elif method == "mean_std":
-        path = directory / STATISTICS
-        if not path.is_file():
-            raise CheckpointError(
-                f"{directory / CONFIG} says that rows were normalised by mean and std, and {STATISTICS} is not "
-                f"there; copy it from the activations that it was trained on"
-            )
-        moments = _moments(path, n_layers, d_model)
-    else:
-        raise CheckpointError(
-            f"normalization_method in {directory / CONFIG} is {method!r}, known: none, mean_std, sqrt_d_model"
-        )
-    (in_mean, in_std), (out_mean, out_std) = moments["inputs"], moments["targets"]
-    W_enc = weights.W_enc / in_std[:, None]
-    skip, b_dec = weights.W_skip, weights.b_dec * out_std + out_mean
-    if skip is not None:
-        skip = skip * out_std[..., None] / in_std[:, None]
-        b_dec = b_dec - torch.einsum("loi,li->lo", skip, in_mean)
-    changed = replace(
-        weights,
-        W_enc=W_enc,
-        b_enc=weights.b_enc - torch.einsum("lfd,ld->lf", W_enc, in_mean),
-        W_dec=[
-            weight * out_std[source : source + weight.shape[1]] for source, weight in enumerate(weights.W_dec)
-        ],
-        b_dec=b_dec,
-        W_skip=skip,
-    )
-    return changed, [f"its normalisation ({method}) is folded into the weights"]
-
-
-def _moments(path: Path, n_layers: int, d_model: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and std [layer d_model] of inputs and targets."""
-    stored = read_json(path)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for side in ("inputs", "targets"):
-        rows: dict[str, list[Tensor]] = {"mean": [], "std": []}
-        for layer in range(n_layers):
-            for kind, of_layers in rows.items():
-                of_layers.append(_vector(path, stored, (str(layer), side, kind), d_model))
-        found[side] = torch.stack(rows["mean"]), torch.stack(rows["std"]) + STD_EPS
-    return found
-
-
-def _vector(path: Path, stored: dict[str, Any], keys: tuple[str, ...], d_model: int) -> Tensor:
-    value: Any = stored
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
-    vector = torch.tensor(value if numbers else [], dtype=torch.float64)
-    bad = vector.shape != (d_model,) or not bool(torch.isfinite(vector).all())
-    if bad or (keys[-1] == "std" and bool((vector < 0).any())):
-        raise CheckpointError(f"{'.'.join(keys)} in {path} must be {d_model} finite numbers, std from 0")
-    return vector

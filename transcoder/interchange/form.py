@@ -16,7 +16,8 @@ from mdlm_interp.errors import CheckpointError
 from mdlm_interp.shapes import Float32, Float64
 from transcoder.activations import topk
 from transcoder.config import TranscoderConfig
-from transcoder.model import CrossLayerTranscoder, FoldedWeights
+from transcoder.folded import FoldedWeights
+from transcoder.model import CrossLayerTranscoder
 
 LOG_TINY = torch.finfo(torch.float32).tiny
 """The threshold that stands for 0, which has no logarithm: the smallest normal float32."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mdlm_interp.errors import CheckpointError
 from transcoder.checkpoint import CONFIG, FORMAT, read_json
-from transcoder.interchange import circuit_tracer, crosslayer_coding, saelens
+from transcoder.interchange import circuit_tracer, crosslayer_coding, crosslayer_statistics, saelens
 from transcoder.interchange.exchanged import About, Hooks, Reading
 from transcoder.interchange.form import Form
 from transcoder.interchange.limits import Format
@@ -46,5 +46,5 @@ def recognised(path: Path) -> Format:
         raise CheckpointError(f"{directory} is a transcoder of this package already; use it as it is")
     raise CheckpointError(
         f"{directory} has no {circuit_tracer.CONFIG} (circuit-tracer), no layer folders with {saelens.CONFIG} "
-        f"(SAELens) and no {crosslayer_coding.CONFIG} (crosslayer-coding); is it the right directory?"
+        f"(SAELens) and no {crosslayer_statistics.CONFIG} (crosslayer-coding); is it the right directory?"
     )

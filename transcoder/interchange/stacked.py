@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from transcoder.config import TranscoderConfig
+from transcoder.folded import FoldedWeights
 from transcoder.interchange.form import Form
 from transcoder.interchange.stored import thresholds_or_none
-from transcoder.model import FoldedWeights
 
 
 def no_layers() -> dict[str, list[Tensor]]:
