@@ -64,6 +64,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "transcoder.attribution.command:main",
         "which features and tokens a prediction comes from",
     ),
+    "explore analytics": (
+        "transcoder.trajectories.command:main",
+        "what happens to predictions, attention and features along a trajectory",
+    ),
 }
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,110 @@ TIME_FEATURES = 256
 MLP_RATIO = 4
 
 
+class NetworkShape:
+    """What the configs of both networks have; no fields of its own, so that each keeps their order."""
+
+    vocab_size: int
+    hidden_dim: int
+    n_blocks: int
+    n_heads: int
+    dropout: float
+
+    @property
+    def mask_id(self) -> int:
+        """Vocabulary id of the mask token: always the last one."""
+        return self.vocab_size - 1
+
+    @property
+    def d_head(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_dim // self.n_heads
+
+    @property
+    def d_mlp(self) -> int:
+        """Width of the MLP's hidden layer; where a gate halves it, after that."""
+        return MLP_RATIO * self.hidden_dim
+
+    def check_shape(self, counts: Sequence[str]) -> None:
+        """Raise ConfigError if this is no shape of a network.
+
+        Args:
+            counts: Names of the fields that must be at least 1.
+        """
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_blocks < 0:
+            raise ConfigError(f"n_blocks must be at least 0, got {self.n_blocks}")
+        if self.vocab_size < 2:
+            raise ConfigError(
+                f"vocab_size must leave room for the mask token: at least 2, got {self.vocab_size}"
+            )
+        if self.hidden_dim % self.n_heads or (self.hidden_dim // self.n_heads) % 2:
+            raise ConfigError(
+                f"hidden_dim must be n_heads times an even head width (rotary pairs), "
+                f"got hidden_dim {self.hidden_dim} and n_heads {self.n_heads}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+def read_config_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object that a model directory's config.json holds.
+
+    Args:
+        remedy: What to do where it is no JSON.
+    Raises:
+        CheckpointError: If it is missing, no JSON, or no object.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no config.json; is it a model directory?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(stored).__name__}")
+    return stored
+
+
+def stored_fields(
+    cls: type[Any],
+    stored: Mapping[str, Any],
+    source: str,
+    *,
+    why: str,
+    optional: Collection[str] = (),
+    nullable: Collection[str] = (),
+) -> dict[str, Any]:
+    """Values of a config's fields out of a parsed config.json; other keys are ignored.
+
+    Args:
+        cls: A dataclass whose fields all have defaults, of their own type.
+        why: Why a field must be there, for the error.
+        optional: Fields that may be left out.
+        nullable: Fields that may be null.
+    Raises:
+        CheckpointError: If a field is missing or of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    for field in fields(cls):
+        if field.name not in stored:
+            if field.name in optional:
+                continue
+            hint = nearest(field.name, stored)
+            raise CheckpointError(f"{source} lacks {field.name!r}, {why}{hint}")
+        value, expected = stored[field.name], type(field.default)
+        if expected is float and type(value) is int:
+            value = float(value)
+        if type(value) is not expected and not (value is None and field.name in nullable):
+            raise CheckpointError(f"{source}: {field.name} must be {expected.__name__}, got {value!r}")
+        values[field.name] = value
+    return values
+
+
 @dataclass(frozen=True, kw_only=True)
-class MDLMConfig:
+class MDLMConfig(NetworkShape):
     """Shape of the network.
 
     Source:
@@ -49,52 +151,12 @@ class MDLMConfig:
     """What the transformers class returns by default; HookedMDLM always returns the logits."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_blocks < 0:
-            raise ConfigError(f"n_blocks must be at least 0, got {self.n_blocks}")
-        if self.vocab_size < 2:
-            raise ConfigError(
-                f"vocab_size must leave room for the mask token: at least 2, got {self.vocab_size}"
-            )
-        if self.hidden_dim % self.n_heads or (self.hidden_dim // self.n_heads) % 2:
-            raise ConfigError(
-                f"hidden_dim must be n_heads times an even head width (rotary pairs), "
-                f"got hidden_dim {self.hidden_dim} and n_heads {self.n_heads}"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
-
-    @property
-    def mask_id(self) -> int:
-        """Vocabulary id of the mask token: always the last one."""
-        return self.vocab_size - 1
-
-    @property
-    def d_head(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_dim // self.n_heads
-
-    @property
-    def d_mlp(self) -> int:
-        """Width of the MLP's hidden layer."""
-        return MLP_RATIO * self.hidden_dim
+        self.check_shape(("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_heads"))
 
     @classmethod
     def from_json(cls, path: Path) -> MDLMConfig:
         """Read a published `config.json`; keys that transformers adds are ignored, a missing shape is not."""
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path.parent} has no config.json; is it a model directory?") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(
-                f"{path} is not valid JSON ({error}); download the checkpoint again"
-            ) from None
-        if not isinstance(stored, dict):
-            raise CheckpointError(f"{path} must hold a JSON object, got {type(stored).__name__}")
-        return cls.from_mapping(stored, source=str(path))
+        return cls.from_mapping(read_config_json(path, "download the checkpoint again"), source=str(path))
 
     @classmethod
     def from_mapping(cls, stored: Mapping[str, Any], source: str) -> MDLMConfig:
@@ -106,19 +168,13 @@ class MDLMConfig:
         model_type = stored.get("model_type", "mdlm")
         if model_type != "mdlm":
             raise CheckpointError(f"{source} describes a {model_type!r} model, expected model_type 'mdlm'")
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            if field.name not in stored:
-                if field.name in ("dropout", "return_dict", "time_conditioning", "model_length"):
-                    continue
-                hint = nearest(field.name, stored)
-                raise CheckpointError(f"{source} lacks {field.name!r}, which fixes a weight's shape{hint}")
-            value, expected = stored[field.name], type(field.default)
-            if expected is float and type(value) is int:
-                value = float(value)
-            if type(value) is not expected:
-                raise CheckpointError(f"{source}: {field.name} must be {expected.__name__}, got {value!r}")
-            values[field.name] = value
+        values = stored_fields(
+            cls,
+            stored,
+            source,
+            why="which fixes a weight's shape",
+            optional=("dropout", "return_dict", "time_conditioning", "model_length"),
+        )
         try:
             return cls(**values)
         except ConfigError as error:

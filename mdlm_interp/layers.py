@@ -110,6 +110,14 @@ class Embedding(nn.Module):
         return functional.embedding(input_ids, self.embedding)
 
 
+def inverse_frequencies(
+    d_head: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " half"]:
+    """Radians a position by which each pair of a head's dimensions is turned."""
+    exponents = torch.arange(0, d_head, 2, device=device, dtype=dtype) / d_head
+    return 1.0 / (ROTARY_BASE**exponents)
+
+
 class Rotary(nn.Module):
     """The inverse frequencies, which the published checkpoint stores as a buffer."""
 
@@ -117,8 +125,7 @@ class Rotary(nn.Module):
 
     def __init__(self, d_head: int) -> None:
         super().__init__()
-        exponents = torch.arange(0, d_head, 2, dtype=torch.float32) / d_head
-        self.register_buffer("inv_freq", 1.0 / (ROTARY_BASE**exponents))
+        self.register_buffer("inv_freq", inverse_frequencies(d_head))
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # A half-precision copy of the frequencies would misplace tokens; they stay float32 at least.
@@ -167,6 +174,22 @@ def _with_gradient(
     """The same bits, with the gradient that a fused kernel leaves out: that of 1 / sqrt(variance + eps)."""
     same = (x.var(-1, correction=0, keepdim=True) + LAYER_NORM_EPS).rsqrt()
     return scale.detach() + (same - same.detach())
+
+
+def hooked_attention(
+    q: Float[Tensor, "batch pos head d_head"],
+    k: Float[Tensor, "batch pos head d_head"],
+    v: Float[Tensor, "batch pos head d_head"],
+    arithmetic: Arithmetic,
+    at: Mapping[str, HookPoint],
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Attention as one operation, or step by step if somebody listens to its scores or pattern."""
+    if at["attn.hook_attn_scores"].listeners or at["attn.hook_pattern"].listeners:
+        scores = at["attn.hook_attn_scores"](arithmetic.attention_scores(q, k))
+        z = arithmetic.mix(at["attn.hook_pattern"](arithmetic.softmax(scores)), v)
+    else:
+        z = arithmetic.attention(q, k, v)
+    return at["attn.hook_z"](z)
 
 
 class Block(nn.Module):
@@ -225,12 +248,7 @@ class Block(nn.Module):
         v = at["attn.hook_v"](qkv[:, :, 2])
         q = at["attn.hook_rot_q"](arithmetic.rotate(q, *rotary))
         k = at["attn.hook_rot_k"](arithmetic.rotate(k, *rotary))
-        if at["attn.hook_attn_scores"].listeners or at["attn.hook_pattern"].listeners:
-            scores = at["attn.hook_attn_scores"](arithmetic.attention_scores(q, k))
-            z = arithmetic.mix(at["attn.hook_pattern"](arithmetic.softmax(scores)), v)
-        else:
-            z = arithmetic.attention(q, k, v)
-        z = at["attn.hook_z"](z)
+        z = hooked_attention(q, k, v, arithmetic, at)
         return self.attn_out.forward(z.flatten(-2), arithmetic)
 
     def _mlp(self, h: Float[Tensor, "batch pos d"], arithmetic: Arithmetic) -> Float[Tensor, "batch pos d"]:

@@ -13,7 +13,8 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from mdlm_interp.arithmetic import Arithmetic, NativeArithmetic
 from mdlm_interp.checkpoints import CONFIG, read_tensors, resolve_source, weight_files
 from mdlm_interp.devices import usable_device
-from mdlm_interp.errors import CheckpointError, DataError, HookError, nearest
-from mdlm_interp.hooks import ActivationCache, HookPoint, HookRegistry, NameSelection, select_names
+from mdlm_interp.errors import CheckpointError, DataError, nearest
+from mdlm_interp.hooks import HookPoint, HookRegistry
 from mdlm_interp.learner_config import LearnerConfig
 from mdlm_interp.learner_layers import (
     HEAD_HOOKS,
@@ -36,11 +37,9 @@ from mdlm_interp.learner_layers import (
     rotary_tables,
     time_features,
 )
-from mdlm_interp.model import HookedMDLM
+from mdlm_interp.model import HookedMDLM, check_timesteps
 from mdlm_interp.randomness import uniforms
 from mdlm_interp.shapes import Float, Int64
-
-INIT_STD = 0.02
 
 
 class HookedLearner(HookedMDLM):
@@ -49,8 +48,8 @@ class HookedLearner(HookedMDLM):
     Args:
         config: Shape of the network.
         arithmetic: torch's own kernels, if not their default form.
-        seed: Key of the initial weights: matrices N(0, 0.02), biases 0, norms 1, each tensor a function of
-            (seed, its name).
+        seed: Key of the initial weights: matrices normal with config.init_std, biases 0, norms 1, each tensor a
+            function of (seed, its name).
     Raises:
         DataError: If the arithmetic is another one than torch's.
     """
@@ -148,10 +147,7 @@ class HookedLearner(HookedMDLM):
 
     def _condition(self, input_ids: Tensor, sigma: Tensor | None) -> Float[Tensor, "batch d"] | None:
         batch = input_ids.shape[0]
-        if sigma is not None and sigma.shape not in ((batch,), (batch, 1)):
-            raise DataError(
-                f"timesteps must have shape [{batch}], one sigma a sequence, got {list(sigma.shape)}"
-            )
+        check_timesteps(sigma, batch)
         if self.time is None or sigma is None:
             return None
         kind = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -159,36 +155,10 @@ class HookedLearner(HookedMDLM):
         features = time_features(t, self.config.hidden_dim).to(self.dtype)
         return self._registry.points["hook_cond"](self.time.forward(features, self.arithmetic))
 
-    def run_with_cache(
-        self,
-        input_ids: Int64[Tensor, "batch pos"],
-        names: NameSelection = None,
-        *,
-        timesteps: Tensor | None = None,
-        stop_at_block: int | None = None,
-        clone: bool = True,
-        device: str | torch.device | None = None,
-    ) -> tuple[Tensor, ActivationCache]:
-        """See `HookedMDLM.run_with_cache`."""
-        if stop_at_block is not None:
-            self._check_stop(stop_at_block)
-            names = self._reached(names, stop_at_block)
-        return super().run_with_cache(
-            input_ids, names, timesteps=timesteps, stop_at_block=stop_at_block, clone=clone, device=device
-        )
-
-    def _reached(self, names: NameSelection, stop_at_block: int) -> list[str]:
-        """The selected names that run before a block; blocks have other hook points here than in an MDLM."""
-        before = len(self.hook_names) - len(HEAD_HOOKS) - self.config.n_blocks * len(block_hooks(self.config))
-        reached = self.hook_names[: before + stop_at_block * len(block_hooks(self.config))]
-        wanted = names if names is None or callable(names) or isinstance(names, str) else list(names)
-        late = select_names(wanted, self.hook_names)[-1]
-        try:
-            return select_names(wanted, reached)
-        except HookError:
-            raise HookError(
-                f"stop_at_block={stop_at_block} ends the pass before {late}; raise it or drop it"
-            ) from None
+    def _names_before(self, block: int) -> Sequence[str]:
+        """Hook points that run before a block; blocks have other ones here than in an MDLM."""
+        first = len(self.hook_names) - len(HEAD_HOOKS) - self.config.n_blocks * len(block_hooks(self.config))
+        return self.hook_names[: first + block * len(block_hooks(self.config))]
 
 
 def all_hook_names(config: LearnerConfig) -> list[str]:
@@ -199,7 +169,12 @@ def all_hook_names(config: LearnerConfig) -> list[str]:
 
 @torch.no_grad()
 def initialise(model: HookedLearner, seed: int) -> None:
-    """Draw the initial weights in place; each tensor is a pure function of (seed, its name)."""
+    """Draw the initial weights in place; each tensor is a pure function of (seed, its name).
+
+    Source:
+        0.02: scottstts/Learning-Diffusion-LM at commit 72a8358. Without a number: the deviation of torch's own
+        torch.nn.Linear, uniform within 1 / sqrt(fan_in), which upstream's MDLM has too.
+    """
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.fill_(1.0)
@@ -209,7 +184,9 @@ def initialise(model: HookedLearner, seed: int) -> None:
             # A uniform of exactly 0 would be minus infinity.
             draws = np.maximum(uniforms(seed, "init:" + name, 0, parameter.numel()), 2.0**-54)
             normals = torch.special.ndtri(torch.from_numpy(draws))
-            parameter.copy_((INIT_STD * normals).reshape(parameter.shape))
+            std = model.config.init_std
+            std = 1.0 / math.sqrt(3.0 * parameter.shape[1]) if std is None else std
+            parameter.copy_((std * normals).reshape(parameter.shape))
 
 
 def _read_state(directory: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:

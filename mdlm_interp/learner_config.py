@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mdlm_interp.errors import CheckpointError, ConfigError, nearest
+from mdlm_interp.config import NetworkShape, read_config_json, stored_fields
+from mdlm_interp.errors import CheckpointError, ConfigError
 
 MODEL_TYPE = "mdlm-learner"
+
+PUBLISHED_INIT_STD = 0.02
 
 Rope = Literal["interleaved", "half_split"]
 """Which dimensions of a head are rotated together: 2j with 2j + 1, or j with j + d_head / 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnerConfig:
+class LearnerConfig(NetworkShape):
     """Shape of the network; the defaults are the published small model, of 39.65 million parameters.
 
     Source:
@@ -40,44 +43,22 @@ class LearnerConfig:
     """Whether t modulates the blocks; if not, the network has no such weights."""
     rope: Rope = "interleaved"
     """Pairs of dimensions that rotary positions turn: interleaved as published, or half_split as in MDLM."""
+    init_std: float | None = PUBLISHED_INIT_STD
+    """Standard deviation of the initial matrices, at any width as published; if none, each has that of torch's own
+    linear maps, 1 / sqrt(3 fan_in)."""
 
     def __post_init__(self) -> None:
-        for name in ("model_length", "hidden_dim", "n_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_blocks < 0:
-            raise ConfigError(f"n_blocks must be at least 0, got {self.n_blocks}")
-        if self.vocab_size < 2:
-            raise ConfigError(
-                f"vocab_size must leave room for the mask token: at least 2, got {self.vocab_size}"
-            )
-        if self.hidden_dim % self.n_heads or (self.hidden_dim // self.n_heads) % 2:
-            raise ConfigError(
-                f"hidden_dim must be n_heads times an even head width (rotary pairs), "
-                f"got hidden_dim {self.hidden_dim} and n_heads {self.n_heads}"
-            )
+        self.check_shape(("model_length", "hidden_dim", "n_heads"))
         if self.time_conditioning and self.hidden_dim < 4:
             raise ConfigError(
                 f"hidden_dim must be at least 4 for the features of t, got {self.hidden_dim}; "
                 f"raise it or set time_conditioning to false"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
-
-    @property
-    def mask_id(self) -> int:
-        """Vocabulary id of the mask token: always the last one."""
-        return self.vocab_size - 1
-
-    @property
-    def d_head(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_dim // self.n_heads
-
-    @property
-    def d_mlp(self) -> int:
-        """Width of the MLP's hidden layer, after the gate has halved it."""
-        return 4 * self.hidden_dim
+        if self.init_std is not None and not (isfinite(self.init_std) and self.init_std > 0.0):
+            raise ConfigError(
+                f"init_std must be positive and finite, got {self.init_std}; "
+                f"none takes 1 / sqrt(3 fan_in) of each matrix"
+            )
 
     @classmethod
     def from_json(cls, path: Path) -> LearnerConfig:
@@ -86,15 +67,7 @@ class LearnerConfig:
         Raises:
             CheckpointError: If it is missing, no JSON, of another model, or lacks or misspells a field.
         """
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path.parent} has no config.json; is it a model directory?") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON ({error}); save the model again") from None
-        if not isinstance(stored, dict):
-            raise CheckpointError(f"{path} must hold a JSON object, got {type(stored).__name__}")
-        return cls.from_mapping(stored, source=str(path))
+        return cls.from_mapping(read_config_json(path, "save the model again"), source=str(path))
 
     @classmethod
     def from_mapping(cls, stored: Mapping[str, Any], source: str) -> LearnerConfig:
@@ -104,18 +77,14 @@ class LearnerConfig:
                 f"{source} describes a {stored.get('model_type')!r} model, expected model_type {MODEL_TYPE!r}; "
                 f"load an MDLM with HookedMDLM.from_pretrained"
             )
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            if field.name not in stored:
-                raise CheckpointError(
-                    f"{source} lacks {field.name!r}, which the network depends on{nearest(field.name, stored)}"
-                )
-            value, expected = stored[field.name], type(field.default)
-            if expected is float and type(value) is int:
-                value = float(value)
-            if type(value) is not expected:
-                raise CheckpointError(f"{source}: {field.name} must be {expected.__name__}, got {value!r}")
-            values[field.name] = value
+        values = stored_fields(
+            cls,
+            stored,
+            source,
+            why="which the network depends on",
+            optional=("init_std",),  # of initial weights only
+            nullable=("init_std",),
+        )
         if values["rope"] not in get_args(Rope):
             raise CheckpointError(
                 f"{source}: rope must be one of {', '.join(get_args(Rope))}, got {values['rope']!r}"

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mdlm_interp.arithmetic import NativeArithmetic
-from mdlm_interp.config import ROTARY_BASE
 from mdlm_interp.hooks import HookPoint
-from mdlm_interp.layers import Affine
+from mdlm_interp.layers import Affine, hooked_attention, inverse_frequencies
 from mdlm_interp.learner_config import LearnerConfig, Rope
 from mdlm_interp.shapes import Float, Int64
 
@@ -68,9 +67,7 @@ def rotary_tables(
 ) -> tuple[Float[Tensor, "pos half"], Float[Tensor, "pos half"]]:
     """cos and sin of position times inverse frequency, in float32 at least."""
     kind = torch.float64 if dtype == torch.float64 else torch.float32
-    inv_freq = 1.0 / ROTARY_BASE ** (torch.arange(0, d_head, 2, device=device, dtype=kind) / d_head)
-    angles = torch.arange(n_positions, device=device, dtype=kind)[:, None] * inv_freq
-    return angles.cos(), angles.sin()
+    return NativeArithmetic().rotary_tables(inverse_frequencies(d_head, device, kind), n_positions)
 
 
 def rotate(
@@ -186,10 +183,10 @@ class LearnerBlock(nn.Module):
         at = self.at
         shift_attn, scale_attn, shift_mlp, scale_mlp = self._modulation(x, cond, arithmetic)
         x = at["hook_resid_pre"](x)
-        h = _modulate(self.norm1.forward(x, at, "ln1"), shift_attn, scale_attn)
+        h = _modulate(self.norm1.forward(x, at, "ln1"), shift_attn, scale_attn, arithmetic)
         h = self._attention(at["attn.hook_in"](h), rotary, arithmetic)
         x = at["hook_resid_mid"](x + at["hook_attn_out"](self._drop(h)))
-        h = _modulate(self.norm2.forward(x, at, "ln2"), shift_mlp, scale_mlp)
+        h = _modulate(self.norm2.forward(x, at, "ln2"), shift_mlp, scale_mlp, arithmetic)
         h = self._mlp(at["mlp.hook_in"](h), arithmetic)
         return at["hook_resid_post"](x + at["hook_mlp_out"](self._drop(h)))
 
@@ -214,12 +211,8 @@ class LearnerBlock(nn.Module):
         q, k, v = (at[f"attn.hook_{name}"](qkv[:, :, i]) for i, name in enumerate("qkv"))
         q = at["attn.hook_rot_q"](rotate(q, *rotary, self.rope))
         k = at["attn.hook_rot_k"](rotate(k, *rotary, self.rope))
-        if at["attn.hook_attn_scores"].listeners or at["attn.hook_pattern"].listeners:
-            scores = at["attn.hook_attn_scores"](arithmetic.attention_scores(q, k))
-            z = arithmetic.mix(at["attn.hook_pattern"](arithmetic.softmax(scores)), v)
-        else:
-            z = arithmetic.attention(q, k, v)
-        out: Tensor = self.attn_out(at["attn.hook_z"](z).flatten(-2), arithmetic)
+        z = hooked_attention(q, k, v, arithmetic, at)
+        out: Tensor = self.attn_out(z.flatten(-2), arithmetic)
         return out
 
     def _mlp(
@@ -236,7 +229,9 @@ class LearnerBlock(nn.Module):
         return functional.dropout(h, self.dropout) if self.training and self.dropout else h
 
 
-def _modulate(h: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+def _modulate(
+    h: Tensor, shift: Tensor | None, scale: Tensor | None, arithmetic: NativeArithmetic
+) -> Float[Tensor, "batch pos d"]:
     if shift is None or scale is None:
         return h
-    return h * (1 + scale) + shift
+    return arithmetic.modulate(h, shift, scale)

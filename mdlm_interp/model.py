@@ -176,10 +176,7 @@ class HookedMDLM(nn.Module):
     def _sigma(self, input_ids: Tensor, timesteps: Tensor | None) -> Float[Tensor, " batch"]:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         batch = input_ids.shape[0]
-        if timesteps is not None and timesteps.shape not in ((batch,), (batch, 1)):
-            raise DataError(
-                f"timesteps must have shape [{batch}], one sigma a sequence, got {list(timesteps.shape)}"
-            )
+        check_timesteps(timesteps, batch)
         if not self.config.time_conditioning:
             return torch.zeros(batch, dtype=dtype, device=input_ids.device)
         if timesteps is None:
@@ -228,7 +225,7 @@ class HookedMDLM(nn.Module):
         chosen = select_names(wanted, self.hook_names)
         if stop_at_block is not None:
             self._check_stop(stop_at_block)
-            reached = self.hook_names[: 2 + stop_at_block * len(BLOCK_HOOKS)]
+            reached = self._names_before(stop_at_block)
             try:
                 chosen = select_names(wanted, reached)
             except HookError:
@@ -246,10 +243,22 @@ class HookedMDLM(nn.Module):
             output = self(input_ids, timesteps, stop_at_block=stop_at_block)
         return output, ActivationCache(cache)
 
+    def _names_before(self, block: int) -> Sequence[str]:
+        """Hook points that run before a block."""
+        return self.hook_names[: 2 + block * len(BLOCK_HOOKS)]
+
     def extra_repr(self) -> str:
         """Shape of the network, for printing."""
         return ", ".join(
             f"{key}={value}" for key, value in self.config.to_mapping().items() if key != "architectures"
+        )
+
+
+def check_timesteps(timesteps: Tensor | None, batch: int) -> None:
+    """Raise DataError unless there is one sigma a sequence, or none at all."""
+    if timesteps is not None and timesteps.shape not in ((batch,), (batch, 1)):
+        raise DataError(
+            f"timesteps must have shape [{batch}], one sigma a sequence, got {list(timesteps.shape)}"
         )
 
 

@@ -96,6 +96,16 @@ class Trajectory:
             found = torch.where(self.revealed_at >= 0, at, found)
         return found
 
+    @property
+    def reveal_rank(self) -> Int64[Tensor, "batch pos"]:
+        """How many of its sequence's final tokens were written in earlier steps; -1 where no step wrote one.
+
+        The first are 0, and those of one step share a rank, so ranks do not depend on how many steps were idle.
+        """
+        at = self.revealed_at
+        earlier = (at[:, None, :] < at[:, :, None]) & (at >= 0)[:, None, :]
+        return earlier.sum(-1).masked_fill(at < 0, -1)
+
     def save(self, directory: str | Path) -> None:
         """Write the folder, whole or not at all.
 

@@ -6,6 +6,9 @@ expectation; the standard error is that of the mean over sequences.
 
 With `n_steps` each time is first moved up to its point of a grid of that many steps: the bound of the model that
 denoises in so many steps, which is higher. Figures of two estimators are not comparable, so each names its own.
+
+With `given` positions, such as a prompt, the bound is that of the others' likelihood given these: they are never
+noised and not scored.
 """
 
 # Axes: batch, pos
@@ -22,8 +25,9 @@ from tqdm import tqdm
 
 from mdlm_interp.diffusion import MIN_TIME, LogLinearSchedule, corrupt, nelbo_per_token, sequence_times
 from mdlm_interp.errors import DataError
+from mdlm_interp.evaluation.likelihood import ratio_error
 from mdlm_interp.model import HookedMDLM
-from mdlm_interp.shapes import Float64, Int64
+from mdlm_interp.shapes import Bool, Float64, Int64
 
 N_TIME_BINS = 10
 
@@ -40,6 +44,7 @@ class Nelbo:
     """Of nats_per_token, over sequences; nan for one sequence, which has no spread."""
     n_sequences: int
     n_tokens: int
+    """Scored tokens."""
     by_time: tuple[float, ...]
     """Mean cross-entropy in nats per masked token, in ten equal bins of t; nan where a bin is empty."""
     masked_by_time: tuple[int, ...] = ()
@@ -48,6 +53,8 @@ class Nelbo:
     """Steps of the discrete-time bound; none for the continuous-time one."""
     times_per_sequence: int = 1
     """Noise levels for each sequence."""
+    n_given: int = 0
+    """Tokens that were given: neither noised nor scored."""
 
     @property
     def estimator(self) -> str:
@@ -57,7 +64,8 @@ class Nelbo:
             if self.n_steps is None
             else f"discrete-time bound in {self.n_steps} steps"
         )
-        return f"{kind}, {self.times_per_sequence} stratified times a sequence, t in [{MIN_TIME:g}, 1]"
+        named = f"{kind}, {self.times_per_sequence} stratified times a sequence, t in [{MIN_TIME:g}, 1]"
+        return f"{named}, of the tokens that are not given" if self.n_given else named
 
     @property
     def perplexity(self) -> float:
@@ -80,6 +88,7 @@ def nelbo(
     first: int = 0,
     times_per_sequence: int = 4,
     n_steps: int | None = None,
+    given: Bool[Tensor, "batch pos"] | None = None,
     batch_size: int = 32,
     predict: Predict | None = None,
     progress: bool = False,
@@ -87,14 +96,23 @@ def nelbo(
     """Estimate the bound on token blocks.
 
     Args:
-        x_0: Clean sequences; every position counts.
+        x_0: Clean sequences; every position counts that is not given.
         seed: Key of times and masks: the same seed corrupts the same way for every model compared.
         first: Number of the first sequence, where these continue others: each number draws its own times and
             masks, so that the errors of estimates which are pooled are independent.
         n_steps: Steps of the discrete-time bound; the continuous-time one if none.
+        given: Positions that are known at all times, such as a prompt, and not scored; none if none. The mean is then
+            over all scored tokens, and its error that of a ratio, as sequences may have different numbers of them.
         predict: What gives the logits, if not the model itself: a replacement model, say.
         progress: Show a bar on a terminal.
+    Raises:
+        DataError: If there is no step, or given marks everything or is of another shape.
     """
+    if given is not None and (given.shape != x_0.shape or bool(given.all())):
+        raise DataError(
+            f"given must mark some positions of {list(x_0.shape)} and leave some to score, got {list(given.shape)}; "
+            f"leave it out to score all"
+        )
     predict = predict or model
     schedule, mask_id = LogLinearSchedule(), model.config.mask_id
     rows = [row for row in range(x_0.shape[0]) for _ in range(times_per_sequence)]
@@ -115,24 +133,32 @@ def nelbo(
             t = times[start : start + batch_size]
             clean = x_0[rows[start : start + batch_size]]
             noised = corrupt(clean, schedule.move_chance(t), mask_id, seed=seed, indices=chosen)
+            if given is not None:
+                noised = torch.where(given[rows[start : start + batch_size]], clean, noised)
             logits = predict(noised.to(model.device), schedule.sigma(t).float().to(model.device)).cpu()
             losses = nelbo_per_token(logits.float(), clean, noised, t, mask_id).double()
-            per_draw.append(losses.mean(1))
+            per_draw.append(losses.mean(1) if given is None else losses.sum(1))
             bins = (t * N_TIME_BINS).long().clamp(max=N_TIME_BINS - 1)
             entropy_sum.index_add_(0, bins, (losses.sum(1) * t).float())
             masked_count.index_add_(0, bins, (noised == mask_id).sum(1))
             bar.update(len(chosen))
     per_sequence = torch.cat(per_draw).reshape(x_0.shape[0], times_per_sequence).mean(1)
-    spread = float(per_sequence.std()) / math.sqrt(len(per_sequence)) if len(per_sequence) > 1 else math.nan
+    if given is None:
+        nats, counts = float(per_sequence.mean()), [x_0.shape[1]] * x_0.shape[0]
+        spread = float(per_sequence.std()) / math.sqrt(len(counts)) if len(counts) > 1 else math.nan
+    else:
+        totals, counts = per_sequence.tolist(), (~given).sum(1).tolist()
+        nats, spread = sum(totals) / sum(counts), ratio_error(totals, counts)
     return Nelbo(
-        nats_per_token=float(per_sequence.mean()),
+        nats_per_token=nats,
         standard_error=spread,
         n_sequences=x_0.shape[0],
-        n_tokens=x_0.numel(),
+        n_tokens=sum(counts),
         by_time=tuple((entropy_sum / masked_count).tolist()),
         masked_by_time=tuple(masked_count.tolist()),
         n_steps=n_steps,
         times_per_sequence=times_per_sequence,
+        n_given=0 if given is None else int(given.sum()),
     )
 
 
@@ -155,8 +181,13 @@ def pooled(bounds: Sequence[Nelbo]) -> Nelbo:
     The sequences all have the same length, and their own numbers (see `nelbo`'s `first`).
 
     Raises:
-        DataError: If the estimates are of different estimators.
+        DataError: If the estimates are of different estimators, or of sequences with given tokens.
     """
+    if any(bound.n_given for bound in bounds):
+        raise DataError(
+            "estimates of sequences with given tokens cannot be pooled, as their numbers of scored tokens differ; "
+            "give all sequences to one nelbo"
+        )
     kinds = sorted({bound.estimator for bound in bounds})
     if len(kinds) > 1:
         raise DataError(

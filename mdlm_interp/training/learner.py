@@ -48,7 +48,7 @@ class LearnerRecipe(TextRecipe):
     config: TrainLearnerConfig
 
     def build(self) -> HookedLearner:
-        """Initial weights N(0, 0.02), each a function of (seed, its name)."""
+        """Initial weights by model.init_std, each a function of (seed, its name)."""
         return HookedLearner(self.config.model, NativeArithmetic(fused_attention=False), self.config.seed)
 
     def averaged(self, module: nn.Module) -> HookedLearner:

@@ -54,6 +54,19 @@ def test_confidence_and_entropy_are_the_models_at_each_state(model, trajectory):
     assert bool(trajectory.commit_confidence[:, 0].isnan().all())
 
 
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_reveal_ranks_count_what_was_written_before(model, per_step):
+    """Exact: against counting one by one; the given token has none, and tokens of one step share theirs."""
+    found = sample(
+        model, start_tokens(model, 8, [3], n=2), Sampler(schedule=Fixed(per_step=per_step)), seed=1
+    )
+    at = found.revealed_at.tolist()
+    expected = [[sum(0 <= b < a for b in row) if a >= 0 else -1 for a in row] for row in at]
+    assert found.reveal_rank.tolist() == expected
+    assert found.reveal_rank[:, 0].tolist() == [-1, -1]
+    assert sorted(expected[0])[1:] == [n // per_step * per_step for n in range(7)]
+
+
 def test_activations_are_those_of_a_pass_on_the_state(model, trajectory):
     from mdlm_interp.diffusion import LogLinearSchedule
 

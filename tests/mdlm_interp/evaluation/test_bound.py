@@ -29,6 +29,71 @@ def test_the_bound_of_an_exact_denoiser_is_the_likelihood(chain, unchecked, text
     assert found.standard_error < 0.05
 
 
+def test_given_tokens_make_it_the_likelihood_of_the_others(chain, unchecked):
+    """Bounded as above, with the spread of two scored tokens instead of four: log p(text) - log p(given), which under
+    the chain is far from the likelihood of the whole."""
+    text, law = (0, 2, 1, 0), chain.law()
+    given = torch.tensor([True, False, False, True])
+    agree = torch.tensor([s[0] == text[0] and s[3] == text[3] for s in chain.sequences()])
+    expected = -float((law[chain.sequences().index(text)] / law[agree].sum()).log()) / 2
+    found = nelbo(
+        chain,
+        torch.tensor([text]).repeat(400, 1),
+        given=given.expand(400, -1),
+        times_per_sequence=8,
+        batch_size=512,
+    )
+    assert abs(found.nats_per_token - expected) < 4 * found.standard_error + 2e-3
+    assert found.standard_error < 0.1
+    assert (found.n_tokens, found.n_given) == (800, 800)
+    whole = -float(law[chain.sequences().index(text)].log()) / 4
+    assert abs(whole - expected) > 5 * found.standard_error
+
+
+def test_given_tokens_are_never_noised_and_each_scored_token_counts_the_same(make_model):
+    """Exact: what the model reads. Bounded by float32 sums: the mean is over scored tokens of ragged sequences."""
+    model, seen = make_model(), []
+    texts = torch.randint(0, 40, (3, 7), generator=torch.Generator().manual_seed(2))
+    given = torch.arange(7) < torch.tensor([[0], [3], [6]])
+
+    def predict(x_t, sigma):
+        seen.append(x_t)
+        return model(x_t, sigma)
+
+    found = nelbo(model, texts, given=given, times_per_sequence=2, seed=5, predict=predict)
+    repeated = given.repeat_interleave(2, 0)
+    assert torch.equal(seen[0][repeated], texts.repeat_interleave(2, 0)[repeated])
+    assert bool((seen[0][~repeated] == 40).any())
+    alone = [
+        nelbo(model, texts[n : n + 1], given=given[n : n + 1], times_per_sequence=2, seed=5, first=n)
+        for n in range(3)
+    ]
+    mean = sum(bound.nats_per_token * bound.n_tokens for bound in alone) / 12
+    assert found.n_tokens == 12
+    assert found.nats_per_token == pytest.approx(mean, rel=1e-6)
+    assert found.estimator.endswith("t in [0.001, 1], of the tokens that are not given")
+
+
+def test_nothing_given_is_the_bound_without_the_argument(make_model):
+    """Bounded by the order of float64 sums: the mean of means against the ratio of sums, and their errors."""
+    model, texts = make_model(), torch.randint(0, 40, (5, 7), generator=torch.Generator().manual_seed(2))
+    plain = nelbo(model, texts, seed=5)
+    found = nelbo(model, texts, seed=5, given=torch.zeros_like(texts, dtype=torch.bool))
+    assert found.nats_per_token == pytest.approx(plain.nats_per_token, rel=1e-12)
+    assert found.standard_error == pytest.approx(plain.standard_error, rel=1e-9)
+    assert (found.by_time, found.estimator) == (plain.by_time, plain.estimator)
+
+
+def test_given_that_leaves_nothing_or_does_not_fit_is_refused_and_is_not_pooled(make_model, unchecked):
+    model, texts = make_model(), torch.zeros(2, 7, dtype=torch.int64)
+    for given in (torch.ones(2, 7, dtype=torch.bool), torch.zeros(1, 7, dtype=torch.bool)):
+        with pytest.raises(DataError, match=r"given must mark some positions of \[2, 7\] and leave some"):
+            nelbo(model, texts, given=given)
+    partly = nelbo(model, texts, given=(torch.arange(7) < 3).expand(2, -1))
+    with pytest.raises(DataError, match="with given tokens cannot be pooled"):
+        pooled([partly, partly])
+
+
 def test_fewer_steps_give_a_higher_bound(chain, unchecked):
     """Bounded: one step draws all tokens independently, a closed form, of which 0.1 % are not masked. Behavioural: more
     steps cost less on the same texts and draws; the gaps are about 0.028 nats."""

@@ -155,6 +155,21 @@ def test_a_saved_model_loads_with_the_same_bits(learner, tokens, tmp_path):
     assert bool(half(tokens, SIGMA)[..., :-1].isfinite().all())
 
 
+def test_how_weights_were_drawn_is_kept_and_models_saved_without_it_load(learner, tokens, tmp_path):
+    """Exact: the field says nothing about the weights that are there."""
+    HookedLearner(replace(CONFIG, init_std=None)).save_pretrained(tmp_path / "any")
+    assert HookedLearner.from_pretrained(tmp_path / "any").config.init_std is None
+    learner.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    stored = json.loads(path.read_text())
+    assert stored.pop("init_std") == 0.02
+    path.write_text(json.dumps(stored))
+    assert torch.equal(HookedLearner.from_pretrained(tmp_path / "m")(tokens, SIGMA), learner(tokens, SIGMA))
+    path.write_text(json.dumps({**stored, "init_std": "small"}))
+    with pytest.raises(CheckpointError, match="init_std must be float, got 'small'"):
+        HookedLearner.from_pretrained(tmp_path / "m")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

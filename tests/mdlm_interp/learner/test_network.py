@@ -186,8 +186,9 @@ def test_everything_masked_is_t_one_and_has_finite_logits(ids):
     torch.testing.assert_close(logits, model(ids, torch.full((2,), 40.0))[..., :-1], rtol=0, atol=1e-5)
 
 
-def test_initial_weights_are_normal_with_zero_biases_and_a_function_of_seed_and_name():
-    config = replace(SMALL, hidden_dim=64, vocab_size=400)
+@pytest.mark.parametrize("init_std", [0.02, 0.3, None])
+def test_initial_weights_are_normal_with_zero_biases_and_a_function_of_seed_and_name(init_std):
+    config = replace(SMALL, hidden_dim=64, vocab_size=400, init_std=init_std)
     model, again, other = HookedLearner(config), HookedLearner(config), HookedLearner(config, seed=1)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, dict(again.named_parameters())[name])
@@ -199,8 +200,19 @@ def test_initial_weights_are_normal_with_zero_biases_and_a_function_of_seed_and_
             assert not torch.equal(parameter, dict(other.named_parameters())[name])
             # Bounded: five standard errors of mean and deviation over the tensor's draws.
             n = parameter.numel()
-            assert abs(float(parameter.detach().mean())) < 5 * 0.02 / math.sqrt(n)
-            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * n))
+            std = 1 / math.sqrt(3 * parameter.shape[1]) if init_std is None else init_std
+            assert abs(float(parameter.detach().mean())) < 5 * std / math.sqrt(n)
+            assert float(parameter.detach().std()) == pytest.approx(std, rel=5 / math.sqrt(2 * n))
+
+
+def test_without_a_deviation_it_is_that_of_torchs_own_linear_maps():
+    """Bounded: five standard errors of a deviation over the draws of a uniform, whose fourth moment is 1.8."""
+    config = replace(SMALL, hidden_dim=96, init_std=None)
+    ours = dict(HookedLearner(config).named_parameters())["blocks.0.mlp.second.weight"]
+    theirs = torch.nn.Linear(ours.shape[1], ours.shape[0]).weight
+    assert float(ours.detach().std()) == pytest.approx(
+        float(theirs.detach().std()), rel=10 / math.sqrt(2 * ours.numel())
+    )
 
 
 def test_dropout_acts_in_training_mode_only(ids):
@@ -225,6 +237,11 @@ def test_dropout_acts_in_training_mode_only(ids):
             r"hidden_dim must be at least 4 for the features of t, got 2; raise",
         ),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        (
+            {"init_std": 0.0},
+            r"init_std must be positive and finite, got 0.0; none takes 1 / sqrt\(3 fan_in\)",
+        ),
+        ({"init_std": math.nan}, r"init_std must be positive and finite, got nan"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(change, message):

@@ -235,6 +235,13 @@ def rewritten(chatbot: Chatbot, schedule: Rewrite) -> int:
     return right
 
 
+def test_the_loss_curve_says_that_its_lines_are_of_two_quantities():
+    """What is trained on is no cross-entropy, which is what held-out text is measured by."""
+    trained, held_out = FlowLMRecipe.QUANTITY.split(";")
+    assert "symmetric KL" in trained
+    assert "cross-entropy" in held_out
+
+
 def test_flip_probabilities_above_chance_are_refused_when_the_run_starts(config, inputs):
     with pytest.raises(DataError, match=r"flip probabilities must be between 0 and 1 - 1/\d+"):
         FlowLMRecipe(replace(config, flip=(0.5, 0.999)), *inputs)
