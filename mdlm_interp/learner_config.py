@@ -24,7 +24,8 @@ class LearnerConfig(NetworkShape):
     """Shape of the network; the defaults are the published small model, of 39.65 million parameters.
 
     Source:
-        scottstts/Learning-Diffusion-LM at commit 72a8358, train_model.ipynb.
+        scottstts/Learning-Diffusion-LM at commit 72a8358, train_model.ipynb. residual_multiplier: MiniCPM,
+        arXiv:2404.06395, and transformers' GraniteConfig.
     """
 
     vocab_size: int = 8192
@@ -46,6 +47,9 @@ class LearnerConfig(NetworkShape):
     init_std: float | None = PUBLISHED_INIT_STD
     """Standard deviation of the initial matrices, at any width as published; if none, each has that of torch's own
     linear maps, 1 / sqrt(3 fan_in)."""
+    residual_multiplier: float = 1.0
+    """Factor of what attention and MLP add to the residual stream, 1 as published; a small one, 0.03 say, lets a narrow
+    network leave the unigram plateau sooner, as MDLM's gates do, which begin at 0."""
 
     def __post_init__(self) -> None:
         self.check_shape(("model_length", "hidden_dim", "n_heads"))
@@ -58,6 +62,12 @@ class LearnerConfig(NetworkShape):
             raise ConfigError(
                 f"init_std must be positive and finite, got {self.init_std}; "
                 f"none takes 1 / sqrt(3 fan_in) of each matrix"
+            )
+
+        if not (isfinite(self.residual_multiplier) and self.residual_multiplier > 0.0):
+            raise ConfigError(
+                f"residual_multiplier must be positive and finite, got {self.residual_multiplier}; 1 adds the branches "
+                f"as they are"
             )
 
     @classmethod
@@ -82,7 +92,8 @@ class LearnerConfig(NetworkShape):
             stored,
             source,
             why="which the network depends on",
-            optional=("init_std",),  # of initial weights only
+            # One is of initial weights only, the other's default is what networks did before it was there.
+            optional=("init_std", "residual_multiplier"),
             nullable=("init_std",),
         )
         if values["rope"] not in get_args(Rope):

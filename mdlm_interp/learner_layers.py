@@ -166,6 +166,7 @@ class LearnerBlock(nn.Module):
         d = config.hidden_dim
         self.at = points
         self.n_heads, self.dropout, self.rope = config.n_heads, config.dropout, config.rope
+        self.multiplier = config.residual_multiplier
         self.norm1, self.norm2 = RMSNorm(d), RMSNorm(d)
         self.attn_qkv = Affine(d, 3 * d)
         self.attn_out = Affine(d, d)
@@ -185,10 +186,10 @@ class LearnerBlock(nn.Module):
         x = at["hook_resid_pre"](x)
         h = _modulate(self.norm1.forward(x, at, "ln1"), shift_attn, scale_attn, arithmetic)
         h = self._attention(at["attn.hook_in"](h), rotary, arithmetic)
-        x = at["hook_resid_mid"](x + at["hook_attn_out"](self._drop(h)))
+        x = at["hook_resid_mid"](x + at["hook_attn_out"](self._branch(h)))
         h = _modulate(self.norm2.forward(x, at, "ln2"), shift_mlp, scale_mlp, arithmetic)
         h = self._mlp(at["mlp.hook_in"](h), arithmetic)
-        return at["hook_resid_post"](x + at["hook_mlp_out"](self._drop(h)))
+        return at["hook_resid_post"](x + at["hook_mlp_out"](self._branch(h)))
 
     def _modulation(
         self, x: Tensor, cond: Tensor | None, arithmetic: NativeArithmetic
@@ -225,8 +226,10 @@ class LearnerBlock(nn.Module):
         out: Tensor = self.mlp.second(h, arithmetic)
         return out
 
-    def _drop(self, h: Tensor) -> Tensor:
-        return functional.dropout(h, self.dropout) if self.training and self.dropout else h
+    def _branch(self, h: Tensor) -> Tensor:
+        """What a branch adds to the residual stream."""
+        h = functional.dropout(h, self.dropout) if self.training and self.dropout else h
+        return h if self.multiplier == 1.0 else h * self.multiplier
 
 
 def _modulate(

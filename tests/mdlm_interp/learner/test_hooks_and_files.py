@@ -170,6 +170,20 @@ def test_how_weights_were_drawn_is_kept_and_models_saved_without_it_load(learner
         HookedLearner.from_pretrained(tmp_path / "m")
 
 
+def test_the_branches_factor_is_kept_and_models_saved_without_it_have_none(learner, tokens, tmp_path):
+    """Exact: 1 is what networks did before there was a factor."""
+    small = HookedLearner(replace(CONFIG, residual_multiplier=0.03))
+    small.save_pretrained(tmp_path / "small")
+    loaded = HookedLearner.from_pretrained(tmp_path / "small")
+    assert torch.equal(loaded(tokens, SIGMA), small.eval()(tokens, SIGMA))
+    learner.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    stored = json.loads(path.read_text())
+    assert stored.pop("residual_multiplier") == 1.0
+    path.write_text(json.dumps(stored))
+    assert torch.equal(HookedLearner.from_pretrained(tmp_path / "m")(tokens, SIGMA), learner(tokens, SIGMA))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -91,8 +91,10 @@ def reference(model: HookedLearner, ids: Tensor, t: Tensor | None) -> Tensor:
             block = f"blocks.{i}"
             film = torch.zeros(4 * d, dtype=torch.float64) if cond is None else gated(cond, f"{block}.film")
             shift_attn, scale_attn, shift_mlp, scale_mlp = film.chunk(4)
-            x = x + attention(norm(x, f"{block}.norm1") * (1 + scale_attn) + shift_attn, block)
-            x = x + gated(norm(x, f"{block}.norm2") * (1 + scale_mlp) + shift_mlp, f"{block}.mlp")
+            added = attention(norm(x, f"{block}.norm1") * (1 + scale_attn) + shift_attn, block)
+            x = x + config.residual_multiplier * added
+            added = gated(norm(x, f"{block}.norm2") * (1 + scale_mlp) + shift_mlp, f"{block}.mlp")
+            x = x + config.residual_multiplier * added
         logits = norm(x, "norm_final") @ w["embed.weight"].T
         logits[:, config.mask_id] = -math.inf
         rows.append(logits)
@@ -101,12 +103,13 @@ def reference(model: HookedLearner, ids: Tensor, t: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("rope", ["interleaved", "half_split"])
 @pytest.mark.parametrize("with_time", [True, False])
-def test_the_forward_pass_is_that_of_an_independent_one(ids, rope, with_time):
+@pytest.mark.parametrize("multiplier", [1.0, 0.3])
+def test_the_forward_pass_is_that_of_an_independent_one(ids, rope, with_time, multiplier):
     """Bounded: 1e-11 in float64, where both round in their own order.
 
     In float32 5e-5, and ten times that with time: angles reach 1000 radians, whose rounding is 3e-5 by itself.
     """
-    model = random_learner(replace(SMALL, rope=rope)).double()
+    model = random_learner(replace(SMALL, rope=rope, residual_multiplier=multiplier)).double()
     sigma = SIGMA.double() if with_time else None
     t = 1 - torch.exp(-SIGMA.double()) if with_time else None
     logits = model(ids, sigma)
@@ -242,6 +245,8 @@ def test_dropout_acts_in_training_mode_only(ids):
             r"init_std must be positive and finite, got 0.0; none takes 1 / sqrt\(3 fan_in\)",
         ),
         ({"init_std": math.nan}, r"init_std must be positive and finite, got nan"),
+        ({"residual_multiplier": 0.0}, r"residual_multiplier must be positive and finite, got 0.0; 1 adds"),
+        ({"residual_multiplier": math.inf}, r"residual_multiplier must be positive and finite, got inf"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(change, message):
