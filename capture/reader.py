@@ -54,6 +54,7 @@ class ActivationStore(StoreHeader):
     def __init__(self, place: Place, files: StoreFiles | None = None) -> None:
         super().__init__(place, files)
         self._acts_by_hook: dict[str, RowArray] = {}
+        self._numbers = RowNumbers(len(self), self.planned_rows, complete=self.complete)
 
     @property
     def layout(self) -> schema.Layout:
@@ -101,9 +102,9 @@ class ActivationStore(StoreHeader):
         """
         arrays = [self._acts(name) for name in self._names(hooks)]
         numbers = (
-            np.arange(*self._numbers().span(rows))
+            np.arange(*self._numbers.span(rows))
             if isinstance(rows, slice)
-            else self._numbers().ascending(rows)[0]
+            else self._numbers.ascending(rows)[0]
         )
         for array in arrays:
             array.prefetch(numbers)
@@ -129,10 +130,10 @@ class ActivationStore(StoreHeader):
         stored = dict.fromkeys("seq" if name == "t" and of_sequence else name for name in names)
         arrays = {name: self._files.array(f"rows/{name}") for name in stored}
         if isinstance(rows, slice):
-            start, stop = self._numbers().span(rows)
+            start, stop = self._numbers.span(rows)
             columns = {name: native(array.read(start, stop)) for name, array in arrays.items()}
         else:
-            ascending, positions = self._numbers().ascending(rows)
+            ascending, positions = self._numbers.ascending(rows)
             columns = {name: np.empty(len(ascending), array.dtype) for name, array in arrays.items()}
             for name, array in arrays.items():
                 array.take(ascending, columns[name], positions)
@@ -232,10 +233,10 @@ class ActivationStore(StoreHeader):
     ) -> dict[str, Tensor]:
         names = self._names(hooks)
         if isinstance(rows, slice):
-            start, stop = self._numbers().span(rows)
+            start, stop = self._numbers.span(rows)
             return {name: floats(self._acts(name).read(start, stop)) for name in names}
         arrays = [self._acts(name) for name in names]
-        ascending, positions = self._numbers().ascending(rows)
+        ascending, positions = self._numbers.ascending(rows)
         values = [np.empty((len(ascending), *array.row), array.dtype) for array in arrays]
         step = max(1, BLOCK_BYTES // max([_row_bytes(array) for array in arrays], default=1))
         for first in range(0, len(ascending), step):
@@ -246,9 +247,6 @@ class ActivationStore(StoreHeader):
                 target, at = (out[block], None) if positions is None else (out, positions[block])
                 array.take(ascending[block], target, at, check=check)
         return {name: floats(out) for name, out in zip(names, values, strict=True)}
-
-    def _numbers(self) -> RowNumbers:
-        return RowNumbers(len(self), self.planned_rows, complete=self.complete)
 
     def _names(self, hooks: str | Sequence[str] | None) -> Sequence[str]:
         return [hooks] if isinstance(hooks, str) else self.hooks if hooks is None else hooks

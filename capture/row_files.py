@@ -105,10 +105,12 @@ class RowFiles:
         out = np.empty((stop - start, *self.row), self.dtype)
         at = start
         while at < stop:
-            number, chunk = divmod(at // self._chunk_rows, self._n_chunks)
-            low = at % self._chunk_rows
+            place, low = divmod(at, self._chunk_rows)
+            number, chunk = divmod(place, self._n_chunks)
             high = min(self._chunk_rows, low + stop - at)
-            self._read_part(self._file(number), chunk, low, high, out[at - start : at - start + high - low])
+            # The usual read is of one chunk, and a view of all of it costs more than the rest of this loop.
+            part = out if high - low == len(out) else out[at - start : at - start + high - low]
+            self._read_part(self._file(number), chunk, low, high, part)
             at += high - low
         return out
 

@@ -17,6 +17,8 @@ def native(values: NDArray[Any]) -> NDArray[Any]:
 
 def floats(values: NDArray[Any]) -> Tensor:
     """Stored activations as float32."""
+    if values.dtype == np.float32:  # in this machine's byte order, the usual case
+        return torch.from_numpy(values)
     values = native(values)
     if values.itemsize == 4:
         return torch.from_numpy(values)
