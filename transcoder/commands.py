@@ -28,11 +28,13 @@ class EvalConfig:
     device: str = "cpu"
     """Where to run, as torch names it."""
     max_sequences: int | None = 64
-    """Sequences to use, evenly spread over those held out; none uses all."""
+    """Sequences to use of those held out, each time in its share and as many texts as that allows; none uses all."""
     batch_size: int = 8
     """Sequences per forward pass; it changes results by rounding only."""
     oracle_sequences: int | None = 2
     """Sequences on which error terms are added back, natively and in exact arithmetic; none skips that."""
+    seed: int = 0
+    """Key of which sequences are used where there are more than max_sequences."""
 
     def __post_init__(self) -> None:
         require_at_least_one(self, ("max_sequences", "batch_size", "oracle_sequences"))
@@ -95,6 +97,7 @@ def evaluate(argv: Sequence[str]) -> int:
         max_sequences=config.max_sequences,
         batch_size=config.batch_size,
         oracle_sequences=config.oracle_sequences,
+        seed=config.seed,
         progress=True,
     )
     about = {

@@ -1,6 +1,6 @@
 """An evaluation as plain values for report.json: every figure, by layer, masked or not, and t-bin.
 
-A figure in the model is {"value", "se"}, its standard error over sequences; without a value it is null and
+A figure in the model is {"value", "se"}, its standard error over texts; without a value it is null and
 "undefined" says why. `DEFINITIONS` goes into the file.
 """
 
@@ -31,7 +31,8 @@ DEFINITIONS = {
     "raw_kl": "the same of logits before SUBS, mean over unmasked positions; under SUBS it is 0 there",
     "top1_agreement": "share of masked positions whose likeliest token is the original's",
     "recovered": "(ablated - replaced) / (ablated - original) in the NELBO, against ablation to zero and to the mean",
-    "se": "standard error over sequences; of a difference, paired by sequence",
+    "se": "standard error over texts, all sequences of equal clean tokens being one; of a difference, paired by "
+    "sequence",
 }
 
 
@@ -40,6 +41,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
     check = evaluation.error_terms
     content = {
         "n_sequences": evaluation.n_sequences,
+        "n_texts": evaluation.n_texts,
         "n_positions": evaluation.n_positions,
         "n_masked": evaluation.n_masked,
         "n_excluded": evaluation.n_excluded,
@@ -86,6 +88,7 @@ def _scores(evaluation: Evaluation, condition: Condition, t_bin: int | None) -> 
     chosen = scores.chosen(t_bin)
     found: dict[str, Any] = {
         "n_sequences": int(chosen.sum()),
+        "n_texts": scores.n_texts(t_bin),
         "n_masked": int(scores.n_masked[chosen].sum()),
         "nelbo": estimate(scores.nelbo(condition, t_bin)),
         "delta_nelbo": estimate(scores.delta_nelbo(condition, t_bin)),

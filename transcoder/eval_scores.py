@@ -9,14 +9,16 @@ What is defined where, under the SUBS parameterisation of masked diffusion:
   them and no sampler reads them; it tells how far a replacement moves the last residual stream there.
 
 All sequences of a t-bin share no position with another, so by t is by sequence. Every figure is a ratio of two sums
-over sequences, total / size; its standard error is that of a ratio estimator with sequences as the sampled units,
+over sequences, total / size. Sequences of one text, noised at several times, are no independent observations: the
+sampled units are the n texts, whose sequences are added up first, and the standard error is that of a ratio estimator,
 
-    sqrt(n / (n - 1) * sum over sequences of (total_i - value * size_i)^2) / sum of size_i
+    sqrt(n / (n - 1) * sum over texts of (total_i - value * size_i)^2) / sum of size_i
 
-and since each sequence is noised alike under all conditions, differences are paired.
+It so holds however the sequences of a text depend on each other (cluster-robust), and since each sequence is noised
+alike under all conditions, differences are paired.
 
 Source:
-    Cochran, Sampling Techniques, 3rd edition, section 2.11 (ratio estimator).
+    Cochran, Sampling Techniques, 3rd edition, section 2.11 (ratio estimator) and 9A.1 (clusters of unequal sizes).
 """
 
 # Axes: seq, pos, vocab (without the mask token), row (positions of a batch)
@@ -67,12 +69,12 @@ REPLACED, ZERO, MEAN = Condition("replaced"), Condition("zero"), Condition("mean
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its standard error over sequences."""
+    """A figure with its standard error over texts."""
 
     value: float
     """nan where `undefined` says why."""
     se: float
-    """nan if there is no value, or one sequence only."""
+    """nan if there is no value, or one text only."""
     undefined: str | None = None
     """Why there is no value, or no standard error."""
 
@@ -106,6 +108,8 @@ class Scores:
     """The sums of every condition over the same noised sequences."""
 
     t: NDArray[np.float64]
+    text: NDArray[np.int64]
+    """Number of each sequence's text, from 0: the unit of standard errors."""
     n_positions: NDArray[np.float64]
     n_masked: NDArray[np.float64]
     sums: Mapping[Condition, SequenceSums]
@@ -116,6 +120,10 @@ class Scores:
         if t_bin is None:
             return np.ones(len(self.t), dtype=np.bool_)
         return np.asarray(t_bin_of(torch.from_numpy(self.t), self.t_bins).numpy() == t_bin)
+
+    def n_texts(self, t_bin: int | None = None) -> int:
+        """Different texts among the sequences in a t-bin."""
+        return len(np.unique(self.text[self.chosen(t_bin)]))
 
     def nelbo(self, condition: Condition, t_bin: int | None = None) -> Estimate:
         """Bound on the negative log-likelihood, nats per token."""
@@ -156,15 +164,23 @@ class Scores:
                 f"above {LEAST_COST:g}: there is next to nothing to recover",
             )
         chosen = self.chosen(t_bin)
-        return ratio((ablated - replaced)[chosen], (ablated - self.sums[ORIGINAL].nelbo)[chosen])
+        return self._over_texts(ablated - replaced, ablated - self.sums[ORIGINAL].nelbo, chosen)
 
     def _ratio(self, total: NDArray[np.float64], size: NDArray[np.float64], t_bin: int | None) -> Estimate:
-        chosen = self.chosen(t_bin) & (size != 0)
-        return ratio(total[chosen], size[chosen])
+        return self._over_texts(total, size, self.chosen(t_bin) & (size != 0))
+
+    def _over_texts(
+        self, total: NDArray[np.float64], size: NDArray[np.float64], chosen: NDArray[np.bool_]
+    ) -> Estimate:
+        texts, unit = np.unique(self.text[chosen], return_inverse=True)
+        totals, sizes = np.zeros(len(texts)), np.zeros(len(texts))
+        np.add.at(totals, unit.reshape(-1), total[chosen])
+        np.add.at(sizes, unit.reshape(-1), size[chosen])
+        return ratio(totals, sizes)
 
 
 def ratio(total: NDArray[np.float64], size: NDArray[np.float64]) -> Estimate:
-    """Sum of totals over sum of sizes, with its standard error over sequences.
+    """Sum of totals over sum of sizes, with its standard error over these units, which must be independent.
 
     >>> found = ratio(np.array([1.0, 3.0]), np.array([2.0, 2.0]))
     >>> found.value, found.se
@@ -177,7 +193,7 @@ def ratio(total: NDArray[np.float64], size: NDArray[np.float64]) -> Estimate:
         return Estimate(math.nan, math.nan, "the model's prediction is not finite")
     value = total.sum() / size.sum()
     if n == 1:
-        return Estimate(float(value), math.nan, "one sequence has no standard error")
+        return Estimate(float(value), math.nan, "one text has no standard error")
     spread = math.sqrt(n / (n - 1) * float(np.square(total - value * size).sum()))
     return Estimate(float(value), spread / abs(float(size.sum())))
 

@@ -47,7 +47,7 @@ def figure(estimate: Estimate, spec: str) -> str:
     if not math.isfinite(estimate.value):
         return UNDEFINED
     if not math.isfinite(estimate.se):
-        return f"{format(estimate.value, spec)} (one sequence)"
+        return f"{format(estimate.value, spec)} (one text)"
     return f"{format(estimate.value, spec)} ± {format(estimate.se, spec.removeprefix('+'))}"
 
 

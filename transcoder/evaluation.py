@@ -6,6 +6,8 @@ Every condition sees the same noised sequences, so differences between condition
 3. all MLPs ablated to zero and to their mean, and each alone: what there is to lose.
 At last the error terms are added back, which must give the model again (`eval_error_terms.py`).
 
+A text that is there at several times is one observation: standard errors are over texts, not over sequences.
+
 `metrics.py` says what the figures of reconstruction are, `eval_scores.py` those in the model.
 """
 
@@ -36,6 +38,7 @@ from transcoder.identity import check_store
 from transcoder.metrics import STRATA, LayerMetrics, ReconstructionMetrics, t_bin_of
 from transcoder.model import CrossLayerTranscoder
 from transcoder.replacement import ReplacementModel, outputs_of
+from transcoder.sequence_choice import text_numbers, well_mixed
 
 ORACLE_SEQUENCES = 2
 """Sequences on which error terms are added back, unless asked for otherwise."""
@@ -73,6 +76,14 @@ class NoisedSequences:
         length = int(self.lengths[numbers].max())
         return NoisedSequences(self.x_0[numbers, :length], self.x_t[numbers, :length], self.t[numbers])
 
+    def at(self, numbers: Tensor) -> NoisedSequences:
+        """Some sequences, as they are here."""
+        return NoisedSequences(self.x_0[numbers], self.x_t[numbers], self.t[numbers])
+
+    def mixed(self, limit: int, seed: int) -> Int64[Tensor, " chosen"]:
+        """Numbers of at most `limit` sequences with times and texts mixed as in all; see `sequence_choice.py`."""
+        return torch.from_numpy(well_mixed(self.t.numpy(), text_numbers(self.x_0), limit, seed))
+
     def sigma(self) -> Float[Tensor, " seq"]:
         """Total noise, as a time-conditioned model takes it."""
         return LogLinearSchedule().sigma(self.t).float()
@@ -83,6 +94,8 @@ class Evaluation:
     """Everything measured; `report.py` writes it."""
 
     n_sequences: int
+    n_texts: int
+    """Different texts among them: the independent observations that standard errors count."""
     n_positions: int
     n_masked: int
     n_excluded: int | None
@@ -131,16 +144,23 @@ def evaluate(
     Args:
         data: A store, of which the sequences are used whose text the transcoder was not trained on; or
             sequences, noised or clean, which are used as they are.
-        max_sequences: Use this many, evenly spread.
+        max_sequences: Use this many: each time in its share, and as many texts as that allows.
         batch_size: Sequences per forward pass; it changes results by rounding only.
         oracle_sequences: Sequences on which error terms are added back, natively and under the oracle; None skips
             that.
-        seed: Key of times and masks for clean sequences.
+        seed: Key of times and masks for clean sequences, and of which sequences are used under a limit.
     Raises:
         CheckpointError: If the transcoder was trained on another model, or does not record on which text.
         StoreError: If the store was captured with another model or tokenizer, or does not say with which.
-        DataError: If nothing of the store is held out, or there is no masked position to measure at.
+        DataError: If nothing of the store is held out, there is no masked position to measure at, or a number of
+            sequences is below 1.
     """
+    for limit, name, none in (
+        (max_sequences, "max_sequences", "uses all"),
+        (oracle_sequences, "oracle_sequences", "skips them"),
+    ):
+        if limit is not None and limit < 1:
+            raise DataError(f"{name} must be at least 1, got {limit}; None {none}")
     n_excluded: int | None = None
     if not isinstance(data, Tensor | NoisedSequences):
         check_store(clt, data)
@@ -154,15 +174,17 @@ def evaluate(
         held_out = held_out_sequences(clt, data).tolist()
         n_excluded = data.n_sequences - len(held_out)
         data = NoisedSequences.from_store(data, held_out)
-    data = _thinned(data, max_sequences)
+    if max_sequences is not None:
+        data = data.at(data.mixed(max_sequences, seed))
     is_masked = data.x_t == model.config.mask_id
     if not bool(is_masked.any()):
         raise DataError("no position of the evaluated sequences is masked; capture at times above 0")
     metrics, sums = _measure(replacement, data, batch_size, progress=progress)
-    check = None if oracle_sequences is None else _with_error_terms(replacement, data, oracle_sequences)
-    lengths = data.lengths.double().numpy()
+    check = None if oracle_sequences is None else _with_error_terms(replacement, data, oracle_sequences, seed)
+    lengths, texts = data.lengths.double().numpy(), text_numbers(data.x_0)
     return Evaluation(
         n_sequences=len(data.x_0),
+        n_texts=len(np.unique(texts)),
         n_positions=int(lengths.sum()),
         n_masked=int(is_masked.sum()),
         n_excluded=n_excluded,
@@ -172,7 +194,7 @@ def evaluate(
             stratum: [metrics.layers(stratum, t_bin) for t_bin in range(T_BINS)] for stratum in STRATA
         },
         density={stratum: metrics.density(stratum) for stratum in STRATA},
-        scores=Scores(data.t.numpy(), lengths, is_masked.sum(1).double().numpy(), sums, T_BINS),
+        scores=Scores(data.t.numpy(), texts, lengths, is_masked.sum(1).double().numpy(), sums, T_BINS),
         error_terms=check,
     )
 
@@ -218,26 +240,13 @@ def _evaluate_batch(
 
 
 def _with_error_terms(
-    replacement: ReplacementModel, data: NoisedSequences, n_sequences: int
+    replacement: ReplacementModel, data: NoisedSequences, n_sequences: int, seed: int
 ) -> ErrorTermCheck:
-    """On some sequences, evenly spread over those of the first one's length."""
+    """On some sequences of the first one's length, of different times and texts."""
     alike = (data.lengths == data.lengths[0]).nonzero()[:, 0]
-    part = data.part(alike[_spread(len(alike), n_sequences)])
+    part = data.part(alike[data.at(alike).mixed(n_sequences, seed)])
     device = replacement.model.device
     return check_error_terms(replacement, part.x_t.to(device), part.sigma().to(device))
-
-
-def _thinned(data: NoisedSequences, limit: int | None) -> NoisedSequences:
-    count = len(data.x_0)
-    if limit is None or limit >= count:
-        return data
-    chosen = _spread(count, limit)
-    return NoisedSequences(data.x_0[chosen], data.x_t[chosen], data.t[chosen])
-
-
-def _spread(count: int, limit: int) -> Int64[Tensor, " chosen"]:
-    """Numbers spread evenly over range(count), at most `limit`."""
-    return torch.linspace(0, count - 1, min(count, limit), dtype=torch.float64).round().long()
 
 
 def _batches(data: NoisedSequences, size: int) -> Iterator[Int64[Tensor, " chosen"]]:

@@ -42,8 +42,9 @@ MEAN_NOTE = (
     "sets far apart, so what it writes fits neither."
 )
 IN_MODEL_NOTE = (
-    "All conditions see the same noised sequences; ± is one standard error over sequences, of the paired "
-    "difference where a change is shown. NELBO and top-1 agreement are of masked positions (SUBS copies the "
+    "All conditions see the same noised sequences; ± is one standard error over texts, of the paired "
+    "difference where a change is shown; all sequences of one text, such as one block at several times, are one "
+    "observation. NELBO and top-1 agreement are of masked positions (SUBS copies the "
     "others); raw KL is of the logits before SUBS at unmasked ones, which no loss and no sampler reads."
 )
 RECONSTRUCTION_NOTE = (
@@ -113,8 +114,7 @@ def markdown(evaluation: Evaluation, about: Mapping[str, Any]) -> list[str]:
         "# Cross-layer transcoder: evaluation",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
-        f"- {evaluation.n_sequences} sequences, {evaluation.n_positions:,} positions, "
-        f"{evaluation.n_masked:,} masked",
+        f"- {sequences(evaluation)}, {evaluation.n_positions:,} positions, {evaluation.n_masked:,} masked",
         f"- {held_out(evaluation)}",
         "",
         "## In the model",
@@ -204,12 +204,18 @@ def summary(evaluation: Evaluation) -> list[str]:
     return [*lines, *(f"undefined: {reason}" for reason in undefined_figures(evaluation, by_t=False))]
 
 
+def sequences(evaluation: Evaluation) -> str:
+    """How many sequences of how many texts were evaluated."""
+    n_texts = evaluation.n_texts
+    return f"{evaluation.n_sequences} sequences of {n_texts} text{'' if n_texts == 1 else 's'}"
+
+
 def held_out(evaluation: Evaluation) -> str:
     """What was evaluated, and whether training saw it."""
     if evaluation.n_excluded is None:
-        return f"{evaluation.n_sequences} sequences as given; whether training saw them was not looked at"
+        return f"{sequences(evaluation)} as given; whether training saw them was not looked at"
     return (
-        f"held out: {evaluation.n_sequences} sequences used; {evaluation.n_excluded} of the store excluded, "
+        f"held out: {sequences(evaluation)} used; {evaluation.n_excluded} of the store excluded, "
         f"as the transcoder was trained on their text"
     )
 
@@ -250,8 +256,8 @@ def _undefined_by_t(evaluation: Evaluation) -> list[str]:
             continue
         if not scores.n_masked[chosen].any():
             groups.setdefault("KL and top-1: no position is masked", []).append(name)
-        if chosen.sum() == 1:
-            groups.setdefault("standard errors: one sequence only", []).append(name)
+        if scores.n_texts(t_bin) == 1:
+            groups.setdefault("standard errors: one text only", []).append(name)
         if math.isnan(scores.recovered(None, "zero", t_bin).value):
             key = "share recovered, all MLPs: ablation to zero costs next to nothing"
             groups.setdefault(key, []).append(name)

@@ -171,7 +171,7 @@ def test_a_ratios_standard_error_is_the_formula_and_shrinks_as_pairs_agree():
     squares = sum((t - value * s) ** 2 for t, s in zip(total, size, strict=True))
     assert ratio(total, size) == Estimate(value, math.sqrt(3 / 2 * squares) / 8)
     assert ratio(3 * size, size).se == 0.0
-    assert ratio(total[:1], size[:1]).undefined == "one sequence has no standard error"
+    assert ratio(total[:1], size[:1]).undefined == "one text has no standard error"
 
 
 def test_the_standard_error_is_the_spread_over_other_samples_of_sequences():

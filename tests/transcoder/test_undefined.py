@@ -12,7 +12,7 @@ import torch
 from transcoder import evaluate
 from transcoder.checkpoint import load_clt
 from transcoder.cost_plots import plot_nelbo
-from transcoder.eval_scores import MEAN, ORIGINAL, REPLACED, ZERO, Condition, Scores, SequenceSums
+from transcoder.eval_scores import MEAN, ORIGINAL, REPLACED, ZERO, Condition, SequenceSums
 from transcoder.eval_tables import by_t_tables
 from transcoder.evaluation import NoisedSequences
 from transcoder.metrics import STRATA, ReconstructionMetrics
@@ -161,11 +161,11 @@ def test_t_bins_without_sequences_are_told_and_have_no_row(model, trained, store
     assert [line[2:9] for line in shown] == [
         f"{t_bin / 10:.1f}-{t_bin / 10 + 0.1:.1f}" for t_bin in sorted(bins)
     ]
-    assert all("(one sequence)" in line for line in shown)
+    assert all("(one text)" in line for line in shown)
     text = "\n".join(markdown(two, {}))
     empty = [f"{t_bin / 10:.1f}-{(t_bin + 1) / 10:.1f}" for t_bin in range(10) if t_bin not in bins]
     assert f"- t {', '.join(empty)}: all figures: no sequence has such a t" in text
-    assert "standard errors: one sequence only" in text
+    assert "standard errors: one text only" in text
     assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE)
 
 
@@ -196,7 +196,7 @@ def test_a_model_that_predicts_nothing_finite_is_scored_as_such(model, trained, 
 
 def test_only_sequences_with_the_positions_asked_for_count(evaluation):
     n = len(evaluation.scores.t)
-    none = Scores(evaluation.scores.t, evaluation.scores.n_positions, np.zeros(n), evaluation.scores.sums, 10)
+    none = replace(evaluation.scores, n_masked=np.zeros(n))
     assert none.kl(REPLACED).undefined == "there are no such positions"
     assert none.nelbo(REPLACED).undefined is None
 

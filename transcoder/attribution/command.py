@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from mdlm_interp.tokenizers import Tokenizer
     from transcoder.attribution.graph import Graph
     from transcoder.attribution.influence import Pruned
+    from transcoder.attribution.steps import CommitmentGraph
     from transcoder.replacement import ReplacementModel
 
 SHOWN = 8
 """Features listed."""
 GRAPH_PAGE, COMMITMENTS_PAGE = "graph.html", "commitments.html"
+OF_TEXTS, OF_TRAJECTORIES = ("mass", "max_logits"), ("row", "max_tokens")
+"""Options that mean something only for one of the two."""
+GRAPHS = "graphs"
+"""Directory of a commitment graph's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +40,20 @@ class GraphConfig:
     """Instead of a text: directory that `mdlm-interp sample --trajectory` wrote."""
     position: int | None = None
     """Position to explain, counted from 0 in tokens; the first mask of the text if none."""
-    row: int = 0
-    """Sequence of the trajectory, counted from 0."""
-    max_tokens: int = 8
-    """With a trajectory: graphs at most, of the token and of those committed before it."""
+    row: int | None = None
+    """Sequence of the trajectory, counted from 0; the first if none."""
+    max_tokens: int | None = None
+    """With a trajectory: graphs at most, of the token and of those committed before it; 8 if none."""
     out: Path
     """Directory for the graphs: a page, JSON for circuit-tracer's and Neuronpedia's viewers, and tensors."""
     model: str = "bundled"
     """Model directory, hub id, or "bundled" for the small model in this package."""
     centre: Literal["log_odds", "mean"] = "log_odds"
     """What a logit is relative to: first-order log-odds, or the mean over the vocabulary."""
-    mass: float = 0.95
-    """Explain the likeliest tokens until their probabilities add up to this."""
-    max_logits: int = 10
-    """But at most this many."""
+    mass: float | None = None
+    """With a text: explain the likeliest tokens until their probabilities add up to this; 0.95 if none."""
+    max_logits: int | None = None
+    """But at most this many; 10 if none."""
     max_features: int | None = None
     """Feature nodes of a graph, the most influential; all that are active if none."""
     node_share: float = 0.8
@@ -67,12 +72,16 @@ class GraphConfig:
         require_in(self, "check", "at least 0", self.check >= 0)
         for name in ("node_share", "edge_share"):
             require_in(self, name, "in [0, 1]", 0.0 <= getattr(self, name) <= 1.0)
-        require_in(self, "mass", "in (0, 1]", 0.0 < self.mass <= 1.0)
+        require_in(self, "mass", "in (0, 1]", self.mass is None or 0.0 < self.mass <= 1.0)
         if (self.text is None) == (self.trajectory is None):
             given = "neither" if self.text is None else "both"
             raise ConfigError(f"a graph is of a text or of a trajectory, got {given}; give one of them")
         if self.trajectory is not None and self.position is None:
             raise ConfigError("a trajectory's graph needs position, the token to explain; counted from 0")
+        what, others = ("text", OF_TRAJECTORIES) if self.trajectory is None else ("trajectory", OF_TEXTS)
+        for name in others:
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} is not about a {what}, got {getattr(self, name)}; leave it out")
 
 
 def main(argv: list[str]) -> int:
@@ -119,7 +128,10 @@ def _explain_text(config: GraphConfig, replacement: ReplacementModel, tokenizer:
     sigma = LogLinearSchedule().sigma(is_masked.double().mean(1)).float()
     position = int(is_masked[0].nonzero()[0, 0]) if config.position is None else config.position
     targets = Targets(
-        positions=(position,), mass=config.mass, max_tokens=config.max_logits, centre=config.centre
+        positions=(position,),
+        mass=0.95 if config.mass is None else config.mass,
+        max_tokens=10 if config.max_logits is None else config.max_logits,
+        centre=config.centre,
     )
     started = time.perf_counter()
     graph = attribute(
@@ -143,24 +155,51 @@ def _explain_commitment(config: GraphConfig, replacement: ReplacementModel, toke
     assert config.trajectory is not None
     assert config.position is not None
     trajectory = Trajectory.load(config.trajectory)
+    row = 0 if config.row is None else config.row
     found = commitment_graph(
         replacement,
         trajectory,
         config.position,
-        row=config.row,
-        max_tokens=config.max_tokens,
+        row=row,
+        max_tokens=8 if config.max_tokens is None else config.max_tokens,
         centre=config.centre,
         max_features=config.max_features,
         progress=True,
     )
-    texts = [tokenizer.token(token) for token in trajectory.final[config.row].tolist()]
+    texts = [tokenizer.token(token) for token in trajectory.final[row].tolist()]
     _say("\n".join(words(texts, found)))
     pruned = [_export(config, one.graph, tokenizer, one.slug) for one in found.commitments]
-    found.save(config.out / "graphs")
-    page = commitment_graph_page(found, trajectory, tokenizer, row=config.row, pruned=pruned)
+    found.save(config.out / GRAPHS)
+    page = commitment_graph_page(found, trajectory, tokenizer, row=row, pruned=pruned)
     write_page(config.out / COMMITMENTS_PAGE, page)
     _show(config, found.commitments[0].graph, pruned[0], replacement, tokenizer)
     return config.out / COMMITMENTS_PAGE
+
+
+def read_commitments(directory: Path) -> tuple[CommitmentGraph, list[Pruned]]:
+    """What `explore graph --trajectory` wrote: its graphs, and the parts of them that its page and JSON keep.
+
+    Raises:
+        DataError: If the directory is none, incomplete or damaged.
+    """
+    from mdlm_interp.errors import DataError
+    from mdlm_interp.viewer.graph_page import read_graph
+    from transcoder.attribution.influence import prune
+    from transcoder.attribution.steps import CommitmentGraph
+
+    found = CommitmentGraph.load(directory / GRAPHS)
+    kept = []
+    for one in found.commitments:
+        path = directory / f"{one.slug}.json"
+        try:
+            shares = read_graph(path)["metadata"]["pruning_settings"]
+            node_share, edge_share = (float(shares[f"{kind}_threshold"]) for kind in ("node", "edge"))
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} does not say which share of the graph it keeps ({error}); make it again with explore graph"
+            ) from None
+        kept.append(prune(one.graph, node_share, edge_share))
+    return found, kept
 
 
 def _export(config: GraphConfig, graph: Graph, tokenizer: Tokenizer, slug: str) -> Pruned:

@@ -12,7 +12,7 @@ from mdlm_interp.lazy_exports import lazily
 if TYPE_CHECKING:
     from transcoder.dashboard.features import Dashboards, collect
     from transcoder.dashboard.occurrences import Occurrences, find_occurrences
-    from transcoder.dashboard.site import write_site
+    from transcoder.dashboard.site import Commitments, write_site
     from transcoder.dashboard.written import Written, read_decoders
 else:
     __getattr__, __dir__ = lazily(
@@ -24,6 +24,7 @@ else:
             "Occurrences": "transcoder.dashboard.occurrences",
             "read_decoders": "transcoder.dashboard.written",
             "Written": "transcoder.dashboard.written",
+            "Commitments": "transcoder.dashboard.site",
             "write_site": "transcoder.dashboard.site",
         },
     )
@@ -35,5 +36,6 @@ __all__ = [
     "Occurrences",
     "read_decoders",
     "Written",
+    "Commitments",
     "write_site",
 ]

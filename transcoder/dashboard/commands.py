@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdlm_interp.config_args import parse_args
-from mdlm_interp.errors import DataError
+from mdlm_interp.errors import ConfigError, DataError
 from transcoder.config_checks import require_apart, require_at_least_one
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ class SiteConfig:
     """Attribution graph as JSON in circuit-tracer's form, of the same transcoder."""
     trajectory: Path | None = None
     """Directory that `mdlm-interp sample --trajectory` wrote, by the same model."""
+    commitments: Path | None = None
+    """Directory that `explore graph --trajectory` wrote, of the same transcoder and trajectory."""
+    row: int = 0
+    """Sequence of the trajectory that the commitments are of, counted from 0."""
     model: str | None = None
     """Model directory, hub id, or "bundled"; none takes the one that the store names."""
     max_sequences: int | None = None
@@ -49,6 +53,10 @@ class SiteConfig:
     def __post_init__(self) -> None:
         require_at_least_one(self, ("max_sequences", "examples", "tokens"))
         require_apart(self.out, self.store)
+        if self.commitments is not None and self.trajectory is None:
+            raise ConfigError("commitments are shown with the trajectory that they are of; give --trajectory")
+        if self.commitments is None and self.row != 0:
+            raise ConfigError(f"row is the commitments', got {self.row} and no commitments; leave it out")
 
 
 def explore(argv: Sequence[str]) -> int:
@@ -64,9 +72,11 @@ def explore(argv: Sequence[str]) -> int:
     from mdlm_interp.tokenizers import load_tokenizer
     from mdlm_interp.viewer.graph_page import check_graph, read_graph
     from mdlm_interp.viewer.trajectory_page import check_tokenizer
+    from transcoder.attribution.command import read_commitments
+    from transcoder.attribution.pages import check_commitments
     from transcoder.checkpoint import load_clt
     from transcoder.dashboard.features import collect
-    from transcoder.dashboard.site import write_site
+    from transcoder.dashboard.site import Commitments, write_site
 
     refuse_existing(config.out)
     device = usable_device(config.device)
@@ -75,13 +85,18 @@ def explore(argv: Sequence[str]) -> int:
     clt = load_clt(config.clt, source, device=device)
     tokenizer = load_tokenizer(source)
     # What was given wrongly is told before the long part.
-    graph = trajectory = None
+    graph = trajectory = commitments = None
+    shape = (clt.config.n_layers, clt.config.n_features)
     if config.graph is not None:
         graph = read_graph(config.graph)
-        check_graph(graph, features=(clt.config.n_layers, clt.config.n_features))
+        check_graph(graph, features=shape)
     if config.trajectory is not None:
         trajectory = Trajectory.load(config.trajectory)
         check_tokenizer(trajectory, tokenizer)
+        if config.commitments is not None:
+            found, pruned = read_commitments(config.commitments)
+            check_commitments(found, trajectory, tokenizer, row=config.row, features=shape)
+            commitments = Commitments(found=found, row=config.row, pruned=pruned)
     model = HookedMDLM.from_pretrained(source, device=device)
     boards = collect(
         clt,
@@ -95,7 +110,15 @@ def explore(argv: Sequence[str]) -> int:
         progress=True,
     )
     about = _about(config, source, clt, store)
-    first = write_site(config.out, boards, tokenizer, about=about, graph=graph, trajectory=trajectory)
+    first = write_site(
+        config.out,
+        boards,
+        tokenizer,
+        about=about,
+        graph=graph,
+        commitments=commitments,
+        trajectory=trajectory,
+    )
     sys.stdout.write(f"{first}: open it in a browser\n")
     return 0
 

@@ -117,7 +117,8 @@ class Comparison:
             ]
             for change in self.changes(k)
         ]
-        return text_table(["row:pos", "token", "p before", "p after", "log-odds change (nats)"], rows, left=2)
+        header = ["row:pos", "token", "p before", "p after", "log-odds change (nats)"]
+        return text_table(header, rows, left=2) if rows else "no position is a mask, so nothing is predicted"
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         return subs_log_probs(logits.double(), self.input_ids, self.mask_id)

@@ -132,7 +132,7 @@ class Scale(Edit):
 
     def new(self, before: Tensor, place: AnyPlace) -> Tensor:
         """by * before."""
-        return _fitting(self.by, before, f"{self}: by") * before
+        return fitting(self.by, before, f"{self}: by") * before
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,7 +143,7 @@ class Set(Edit):
 
     def new(self, before: Tensor, place: AnyPlace) -> Tensor:
         """to."""
-        return _fitting(self.to, before, f"{self}: to").expand_as(before).clone()
+        return fitting(self.to, before, f"{self}: to").expand_as(before).clone()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,7 +154,7 @@ class Steer(Edit):
 
     def new(self, before: Tensor, place: AnyPlace) -> Tensor:
         """before + by."""
-        return before + _fitting(self.by, before, f"{self}: by")
+        return before + fitting(self.by, before, f"{self}: by")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -236,9 +236,16 @@ class Knockout(Edit):
         return torch.zeros_like(before)
 
 
-def _fitting(amount: Amount, before: Tensor, whose: str) -> Tensor:
-    """A number or tensor in the type of what is edited."""
-    value = torch.as_tensor(amount, device=before.device).to(before.dtype)
+def fitting(amount: object, before: Tensor, whose: str) -> Tensor:
+    """A number or tensor in the type of what is edited.
+
+    Raises:
+        DataError: If it is neither, or does not broadcast to it.
+    """
+    try:
+        value = torch.as_tensor(amount, device=before.device).to(before.dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"{whose} must be a number or a tensor, got {amount!r}") from None
     own = before.shape[before.dim() - value.dim() :] if value.dim() <= before.dim() else ()
     if len(own) != value.dim() or any(
         one not in (1, all_) for one, all_ in zip(value.shape, own, strict=True)

@@ -76,6 +76,11 @@ class PassState:
         self.edited: dict[tuple[int, int], Tensor] = {}
         """Activations [batch pos] of (layer, feature) as the edits so far leave them."""
 
+    def change(self, key: tuple[int, int]) -> Tensor | None:
+        """What the edits of a feature add to its activation, all together; None if none acts in this pass."""
+        layer, feature = key
+        return self.edited[key] - self.acts[layer][..., feature] if key in self.edited else None
+
     @property
     def x(self) -> Tensor:
         """The tokens of the pass."""
@@ -100,6 +105,7 @@ class Plan:
         clt = ground.clt
         self._inputs = frozenset(clt.config.input_hooks) if clt is not None else frozenset()
         self._edited: list[Entry] = []
+        self._written: set[tuple[int, int]] = set()
         for edit in edits:
             for one in edit.by_step():
                 for place in one.places(ground.model, clt):
@@ -169,31 +175,32 @@ class Plan:
 
     def _feature_entries(self, edit: Edit, place: FeaturePlace) -> list[Entry]:
         state, key = self._state, (place.layer, place.feature)
-        changes: list[Tensor] = []
 
         def read(tensor: Tensor, hook: HookPoint) -> None:
             if place.layer not in state.acts:
                 state.acts[place.layer] = place.clt.encode_layer(tensor, place.layer)
             before = state.edited.get(key, state.acts[place.layer][..., place.feature])
             mask = place.mask(before, state.x, edit.positions, str(edit))
-            after = edit.applied(before, mask, place)
-            state.edited[key] = after
-            changes[:] = [after - before]
+            state.edited[key] = edit.applied(before, mask, place)
 
         def writing(decoder: int) -> HookFunction:
-            def write(tensor: Tensor, hook: HookPoint) -> Tensor:
-                row = place.clt.decoder_rows(place.layer, place.feature)[decoder]
-                return with_change(tensor, changes[0], row)
+            def write(tensor: Tensor, hook: HookPoint) -> Tensor | None:
+                change = state.change(key)
+                if change is None:
+                    return None
+                return with_change(
+                    tensor, change, place.clt.decoder_rows(place.layer, place.feature)[decoder]
+                )
 
             return write
 
-        return [
-            Entry(Order.FEATURE_READ, place.hook, read, edit.window),
-            *(
-                Entry(Order.FEATURE_WRITE, hook, writing(decoder), edit.window)
-                for hook, decoder in place.targets.items()
-            ),
-        ]
+        entries = [Entry(Order.FEATURE_READ, place.hook, read, edit.window)]
+        if key not in self._written:
+            # Several edits of one feature are written as one change: those that cancel leave every bit.
+            self._written.add(key)
+            for hook, decoder in place.targets.items():
+                entries.append(Entry(Order.FEATURE_WRITE, hook, writing(decoder)))
+        return entries
 
 
 def unless_same_scale(tensor: Tensor, changed: Tensor, hook: HookPoint) -> Tensor | None:

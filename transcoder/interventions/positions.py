@@ -7,15 +7,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mdlm_interp.errors import DataError
 from mdlm_interp.shapes import Bool, Int64
 
-Positions: TypeAlias = "int | Sequence[int] | Tensor | Callable[[Tensor], Tensor] | None"
-"""A position, several, booleans [batch pos] or [pos], a function from the tokens [batch pos] to booleans of that
-shape, such as `lambda x: x == mask_id`, or None for all."""
+Positions: TypeAlias = (
+    "int | Sequence[int] | Tensor | np.ndarray | np.integer | Callable[[Tensor], Tensor] | None"
+)
+"""A position, several, booleans [batch pos] or [pos] (tensors or NumPy's arrays), a function from the tokens
+[batch pos] to booleans of that shape, such as `lambda x: x == mask_id`, or None for all."""
 
 
 def where(positions: Positions, x: Int64[Tensor, "batch pos"], whose: str) -> Bool[Tensor, "batch pos"]:
@@ -30,6 +33,8 @@ def where(positions: Positions, x: Int64[Tensor, "batch pos"], whose: str) -> Bo
     if positions is None:
         return torch.ones(x.shape, dtype=torch.bool, device=x.device)
     found = positions(x) if callable(positions) else positions
+    if isinstance(found, np.ndarray | np.integer):
+        found = torch.as_tensor(found)
     if isinstance(found, Tensor) and found.dtype == torch.bool:
         if found.shape not in (x.shape, x.shape[1:]):
             raise DataError(

@@ -44,10 +44,10 @@ class Interventions:
     def __init__(
         self, subject: Subject, edits: Edit | Sequence[Edit], *, steps: int | Collection[int] | None = None
     ) -> None:
-        given = [edits] if isinstance(edits, Edit) else edits
         self._subject = subject
         self.edits = [
-            replace(edit, steps=steps) if edit.steps is None and steps is not None else edit for edit in given
+            replace(edit, steps=steps) if edit.steps is None and steps is not None else edit
+            for edit in edit_list(edits)
         ]
         self._ground = ground_of(subject)
         self._plan = Plan(self._ground, self.edits)
@@ -111,7 +111,8 @@ class Interventions:
         Args:
             settings: As `mdlm_interp.decoding.sample` takes them, for both.
         Raises:
-            DataError: If the subject is of one masked state, or a position is outside the sequences.
+            DataError: If the subject is of one masked state, a position is outside the sequences, or an edit
+                names steps and none of them is taken.
         """
         if isinstance(self._subject, LocalReplacement):
             raise DataError(
@@ -122,9 +123,20 @@ class Interventions:
         given = {"seed": seed, "indices": indices, "record": record, **settings}
         with self._plan.decoding() as functions:
             after = sample(model, start, sampler, interventions=functions, **given)
+        # How many steps a schedule without a number of them takes is known to nobody beforehand.
+        if (sampler or Sampler()).schedule.n_steps is not None:
+            self._check_steps(after.n_steps)
         with self._plan.idle().decoding() as functions:
             before = sample(model, start, sampler, interventions=functions, **given)
         return Paths(before, after)
+
+    def _check_steps(self, n_steps: int) -> None:
+        for edit in self.edits:
+            # An empty collection says that the edit is not to act; one that misses every step does not mean to.
+            if edit.window and not any(step in edit.window for step in range(n_steps)):
+                raise DataError(
+                    f"{edit} acts in none of the {n_steps} denoising steps, got steps {edit.steps!r}; they count from 0"
+                )
 
     def _check_one_pass(self) -> None:
         stepped = next(
@@ -135,6 +147,23 @@ class Interventions:
                 f"{stepped} is limited to denoising steps, which a single pass does not have; "
                 f"use decode(), or leave steps out"
             )
+
+
+def edit_list(given: object) -> list[Edit]:
+    """One edit or several as a list.
+
+    Raises:
+        DataError: If something else is among them.
+    """
+    edits: list[Edit] = []
+    for edit in given if isinstance(given, Sequence) else [given]:
+        if not isinstance(edit, Edit):
+            raise DataError(
+                f"an edit is an Ablate(...), Scale(...), Set(...), Steer(...), Patch(...) or Knockout(...), "
+                f"got {edit!r}"
+            )
+        edits.append(edit)
+    return edits
 
 
 def interventions(

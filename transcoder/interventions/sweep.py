@@ -59,9 +59,9 @@ def patching_sweep(
         gradient: Estimate too; arithmetic without gradients, such as the oracle's, cannot.
         batch_size: Passes that are one batch.
     Raises:
-        DataError: If the states differ in shape or not at all, or a component is none.
+        DataError: If the states differ in shape or not at all, are more than one sequence, or a component is none.
     """
-    _check(clean, corrupted, components, batch_size)
+    check_request(clean, corrupted, components, batch_size)
     names = {part: [HOOKS[part].format(layer=i) for i in range(model.config.n_blocks)] for part in components}
     wanted = [name for of_part in names.values() for name in of_part]
     with torch.no_grad():
@@ -89,12 +89,20 @@ def patching_sweep(
     )
 
 
-def _check(clean: Tensor, corrupted: Tensor, components: Sequence[str], batch_size: int) -> None:
+def check_request(clean: Tensor, corrupted: Tensor, components: Sequence[str], batch_size: int) -> None:
+    """Raise DataError for a sweep that cannot be meant."""
     if clean.shape != corrupted.shape:
         raise DataError(
             f"the clean state has shape {list(clean.shape)}, the corrupted one {list(corrupted.shape)}; a position "
             f"is patched into the same one, so change tokens, not their number"
         )
+    if clean.dim() != 2 or clean.shape[0] != 1:
+        raise DataError(
+            f"a sweep is of one sequence [1 pos], got {list(clean.shape)}; give clean[i : i + 1], and corrupted "
+            f"likewise"
+        )
+    if not components:
+        raise DataError(f"a sweep needs a component, got none; there are {', '.join(COMPONENTS)}")
     if torch.equal(clean, corrupted):
         raise DataError(
             "the clean and the corrupted state are equal, so no patch can have an effect; change a token"

@@ -150,9 +150,11 @@ def _plain(value: Any) -> Any:
 
 def _tell(results: dict[str, Any]) -> None:
     found = results["stability"]["summary"]
+    lead = found["median_steps_settled_before_commit"]  # NaN if the likeliest token was nowhere committed
+    settled = "" if math.isnan(lead) else f", settled {lead:g} steps before (median)"
     _say(
-        f"{found['positions']} positions filled; at {found['top_at_commit']:.0%} the likeliest token was committed, "
-        f"settled {found['median_steps_settled_before_commit']:g} steps before (median)"
+        f"{found['positions']} positions filled; at {found['top_at_commit']:.0%} the likeliest token was committed"
+        f"{settled}"
     )
     last = results["logit_lens"][-1]["depth"]
     for row in results["logit_lens"]:

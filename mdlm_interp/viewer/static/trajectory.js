@@ -198,8 +198,10 @@ function onKey(event) {
     Escape: () => choose(null, false),
   };
   if (onUnit) {
-    actions.ArrowUp = () => choose(Math.max(view.chosen - 1, 0), true);
-    actions.ArrowDown = () => choose(Math.min(view.chosen + 1, units.length - 1), true);
+    // From the position with the focus: after Escape none is chosen, and that one still has it.
+    const at = units.findIndex((unit) => unit.button === target);
+    actions.ArrowUp = () => choose(Math.max(at - 1, 0), true);
+    actions.ArrowDown = () => choose(Math.min(at + 1, units.length - 1), true);
   }
   const action = actions[event.key];
   const presses = event.key === " " && target.matches("button:not(.unit), summary");

@@ -171,6 +171,8 @@ def test_positions_are_reached_by_tab_and_arrows_and_the_focus_is_seen(driver, v
     )
     keys(driver, "\ue00c")  # escape
     assert driver.find_element("id", "details").text.startswith("No position chosen")
+    keys(driver, "\ue013")  # up: from where the focus still is, not from the beginning
+    assert driver.find_element("id", "details").text.startswith("Position 2:")
 
 
 def test_alternatives_on_hover(driver, visit):

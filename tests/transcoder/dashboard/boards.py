@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from capture.schema import T_BINS
-from tests.mdlm_interp.viewer.vocabulary import EVIL, MASK, NEWLINE, RULER, WORDS
+from tests.mdlm_interp.viewer.vocabulary import EVIL, MASK, MY, NEWLINE, RULER, STORY, TIM, WORDS
+from transcoder.attribution import Graph
+from transcoder.attribution.graph import CONSTANTS
+from transcoder.attribution.steps import Commitment, CommitmentGraph, Link
 from transcoder.config import TranscoderConfig
-from transcoder.dashboard import Dashboards, Occurrences, Written
+from transcoder.dashboard import Commitments, Dashboards, Occurrences, Written
 
-__all__ = ["EVIL", "WORDS", "graph_json", "made_up"]
+__all__ = ["EVIL", "WORDS", "commitments", "graph_json", "made_up"]
 
 
 def made_up(n_layers: int = 2, n_features: int = 60, n_examples: int = 3, context: int = 12) -> Dashboards:
@@ -91,3 +95,37 @@ def graph_json(attack: str = "") -> dict[str, Any]:
             {"source": source, "target": target, "weight": weight} for source, target, weight in weights
         ],
     }
+
+
+def commitments(number: int = 52) -> Commitments:
+    """Of the story: its step 2 at position 4 and, before it, step 1 at position 3, each by a feature of layer 1."""
+    later, earlier = _commitment(2, 4, MY, 1.0, number), _commitment(1, 3, TIM, 0.25, 7)
+    link = Link(earlier=1, later=0, share=0.25, embedding_node=later.graph.embedding_node(3))
+    return Commitments(found=CommitmentGraph([later, earlier], [link], []))
+
+
+def _commitment(step: int, position: int, token: int, weight: float, number: int) -> Commitment:
+    """From every token of the state through one feature to the prediction; 0.25 of it begins at each of four."""
+    state = torch.tensor(STORY[step])
+    n_nodes = 1 + 3 * len(state) + 1  # errors of two layers and the embeddings lie between
+    edges = torch.zeros(n_nodes, n_nodes)
+    edges[0, 1 + 2 * len(state) : 1 + 2 * len(state) + 4] = 0.5
+    edges[-1, 0] = 1.0
+    graph = Graph(
+        input_ids=state,
+        mask_id=MASK,
+        sigma=0.5,
+        n_layers=2,
+        features=torch.tensor([[1, position, number]]),
+        activations=torch.tensor([2.0]),
+        logits=torch.tensor([[position, token]]),
+        probabilities=torch.tensor([0.5], dtype=torch.float64),
+        values=torch.tensor([1.0]),
+        edges=edges,
+        constants=torch.zeros(n_nodes, len(CONSTANTS)),
+        centre="mean",
+    )
+    shares = {"given": 0.5, "committed": 0.5, "masks": 0.0, "errors": 0.0}
+    if step == 1:
+        shares |= {"committed": 0.25, "masks": 0.25}
+    return Commitment(step=step, position=position, token=token, weight=weight, graph=graph, **shares)

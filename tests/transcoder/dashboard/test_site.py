@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mdlm_interp.__main__ import main
 from mdlm_interp.decoding import Trajectory
 from mdlm_interp.errors import DataError, OutputExistsError
 from tests.mdlm_interp.viewer.vocabulary import ATTACK, STORY, written
-from tests.transcoder.dashboard.boards import WORDS, graph_json, made_up
+from tests.transcoder.dashboard.boards import WORDS, commitments, graph_json, made_up
 from transcoder.dashboard import collect, write_site
 from transcoder.dashboard.pages import PER_PAGE, feature_href
 
@@ -34,6 +36,7 @@ def site(tmp_path_factory) -> Path:
         WORDS,
         about=[("store", ATTACK)],
         graph=graph_json(ATTACK),
+        commitments=commitments(),
         trajectory=written(STORY),
     )
     assert first == out / "index.html"
@@ -43,6 +46,7 @@ def site(tmp_path_factory) -> Path:
 def test_every_link_leads_to_a_page_of_the_directory(site):
     pages = sorted(site.rglob("*.html"))
     assert sorted(str(page.relative_to(site)) for page in pages) == [
+        "commitments.html",
         "features.html",
         "features/0_0.html",
         "features/0_50.html",
@@ -55,10 +59,11 @@ def test_every_link_leads_to_a_page_of_the_directory(site):
     for page in pages:
         text = page.read_text("utf-8")
         hrefs = [href for href in re.findall(r'href="([^"]*)"', text) if href not in ("", "data:,")]
-        assert len(hrefs) == 4
+        assert len(hrefs) == 5
         for href in hrefs:
             assert (page.parent / href).is_file(), (page, href)
-        assert text.count('aria-current="page"') == (page.parent == site)
+        current = re.findall(r'href="([^"]*)" aria-current="page"', text)
+        assert current == ([page.name] if page.parent == site else [])
     links = [node["href"] for node in data_of(site / "graph.html")["nodes"]]
     assert links == [
         None,
@@ -111,9 +116,33 @@ def test_nameless_features_of_the_graph_are_called_by_what_they_promote(site):
     assert nodes["1_52_1"] == ATTACK  # it has a name
 
 
+def test_commitments_name_their_features_and_lead_to_their_dashboards(site):
+    shown = data_of(site / "commitments.html")["commitments"]
+    features = [node for one in shown for node in one["graph"]["nodes"] if node["kind"] == "feature"]
+    assert [(node["href"], node["text"]) for node in features] == [
+        ("features/1_50.html#f52", f"→{ATTACK},One, day"),
+        ("features/1_0.html#f7", f"→{ATTACK},One, day"),
+    ]
+    for node in features:
+        assert (site / node["href"].partition("#")[0]).is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"commitments": commitments()}, "commitments are shown with the trajectory"),
+        (
+            {"commitments": commitments(), "trajectory": written(STORY[1:])},
+            "the state before step 2 is another in row 0 of this trajectory",
+        ),
+        (
+            {"commitments": commitments(60), "trajectory": written(STORY)},
+            "the commitment of step 2 has feature 60 of layer 1, the transcoder has 2 layers of 60",
+        ),
+        (
+            {"commitments": replace(commitments(), row=1), "trajectory": written(STORY)},
+            r"row must be in \[0, 1\), got 1",
+        ),
         ({"graph": {**graph_json(), "links": 3}}, "a graph needs links, a JSON list, got int"),
         (
             {"boards": made_up(n_features=50)},
@@ -161,6 +190,49 @@ def test_the_command_writes_what_the_library_collects(
     assert about["rows of the store"] == "960 of 960 planned rows (complete)"
 
 
+def test_the_command_takes_what_explore_graph_wrote(
+    capsys, trained_directory, model, model_directory, store, tmp_path
+):
+    from mdlm_interp.decoding import sample
+
+    start = torch.full((1, 8), model.config.mask_id)
+    trajectory = sample(model, start, seed=5)
+    trajectory.save(tmp_path / "trajectory")
+    position = int((trajectory.revealed_at[0] == trajectory.revealed_at.max()).nonzero()[0, 0])
+    graph = ["graph", trained_directory, "--trajectory", tmp_path / "trajectory", "--position", position]
+    few = ["--max-tokens", 2, "--node-share", 0.5]
+    of = ["--out", tmp_path / "why", "--model", model_directory]
+    assert run(capsys, *graph, *few, *of)[0] == 0
+    common = [trained_directory, "--store", store.path, "--max-sequences", 2, "--examples", 1, "--nearest", 0]
+    common += ["--commitments", tmp_path / "why"]
+    code, _, error = run(capsys, *common, "--out", tmp_path / "site", "--trajectory", tmp_path / "trajectory")
+    assert (code, error) == (0, "")
+    ours = data_of(tmp_path / "site" / "commitments.html")["commitments"]
+    theirs = data_of(tmp_path / "why" / "commitments.html")["commitments"]
+    assert len(ours) == 2
+    for one, other in zip(ours, theirs, strict=True):
+        assert [node["id"] for node in one["graph"]["nodes"]] == [
+            node["id"] for node in other["graph"]["nodes"]
+        ]
+        named = [node for node in one["graph"]["nodes"] if node["kind"] == "feature"]
+        assert named
+        assert all(node["text"].startswith("→") and node["href"].startswith("features/") for node in named)
+    for arguments, message in (
+        ([], "commitments are shown with the trajectory"),
+        (["--trajectory", tmp_path / "trajectory", "--row", 1], "row must be in [0, 1), got 1"),
+    ):
+        code, _, error = run(capsys, *common, *arguments, "--out", tmp_path / "other")
+        assert code == 2
+        assert message in error
+    for damage in ("{}", '{"metadata": {"pruning_settings": {"node_threshold": 0.5}}}'):
+        (tmp_path / "why" / f"step-{ours[1]['step']}-position-{ours[1]['position']}.json").write_text(damage)
+        arguments = ["--trajectory", tmp_path / "trajectory", "--out", tmp_path / "other"]
+        code, _, error = run(capsys, *common, *arguments)
+        assert code == 2
+        assert "does not say which share of the graph it keeps" in error
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.fixture
 def tokenizer(model_directory):
     from mdlm_interp import load_tokenizer
@@ -188,6 +260,7 @@ def test_mistakes_are_one_line_and_found_before_the_work(
         ([*common, "--trajectory", tmp_path], "is it a trajectory?"),
         ([*common, "--trajectory", tmp_path / "trajectory"], "the trajectory's mask is token 11"),
         ([*common, "--model", "bundled"], "another model"),
+        ([*common, "--row", 1], "row is the commitments', got 1 and no commitments"),
         (["trajectroy"], "store"),
     ):
         code, said, error = run(capsys, *arguments)

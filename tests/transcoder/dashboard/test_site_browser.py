@@ -11,7 +11,7 @@ import pytest
 
 from tests.mdlm_interp.viewer import browser
 from tests.mdlm_interp.viewer.vocabulary import ATTACK, STORY, written
-from tests.transcoder.dashboard.boards import WORDS, graph_json, made_up
+from tests.transcoder.dashboard.boards import WORDS, commitments, graph_json, made_up
 from transcoder.dashboard import write_site
 
 pytestmark = pytest.mark.skipif(bool(browser.WHY_NOT), reason=browser.WHY_NOT)
@@ -25,7 +25,14 @@ LEFT, RIGHT, UP, DOWN, ENTER, TAB, ESCAPE = (
     "\ue004",
     "\ue00c",
 )
-PAGES = ("index.html", "features.html", "features/1_50.html#f52", "graph.html", "trajectory.html")
+PAGES = (
+    "index.html",
+    "features.html",
+    "features/1_50.html#f52",
+    "graph.html",
+    "commitments.html",
+    "trajectory.html",
+)
 FIRST_PAINT_MS = 2000
 """Of any page of a transcoder with ten thousand features."""
 
@@ -41,7 +48,13 @@ def site(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("site") / "pages"
     about = [("store", ATTACK)]
     return write_site(
-        out, made_up(), WORDS, about=about, graph=graph_json(ATTACK), trajectory=written(STORY)
+        out,
+        made_up(),
+        WORDS,
+        about=about,
+        graph=graph_json(ATTACK),
+        commitments=commitments(),
+        trajectory=written(STORY),
     ).parent
 
 
@@ -90,7 +103,7 @@ def arrive(driver: Any, where: str) -> None:
     assert place(driver) == where
 
 
-@pytest.mark.parametrize("page", PAGES[:4])  # a decoding's page has its own test
+@pytest.mark.parametrize("page", PAGES[:5])  # a decoding's page has its own test
 def test_an_attack_is_text_on_every_page(driver, visit, page):
     visit(page)
     for node in driver.find_elements("css selector", "#drawing .node"):
@@ -112,7 +125,7 @@ def test_a_phone_shows_every_page_without_scrolling_sideways(driver, visit, page
 
 
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("page", PAGES[:4])
+@pytest.mark.parametrize("page", PAGES[:5])
 def test_text_stands_out_from_its_ground(driver, visit, page, dark):
     from tests.mdlm_interp.viewer.test_browser import CONTRAST
 
@@ -123,6 +136,23 @@ def test_text_stands_out_from_its_ground(driver, visit, page, dark):
     browser.set_dark(driver, False)
     assert len(worst) > 10
     assert min(worst)[0] >= 4.5, min(worst)
+
+
+def test_a_commitments_feature_has_a_name_and_its_dashboard_is_a_click_away(driver, visit):
+    visit("commitments.html")
+    assert texts(driver, ".pages a[aria-current]") == ["Commitments"]
+    driver.find_element("css selector", ".line[data-number='1']").click()
+    (node,) = driver.find_elements("css selector", ".node:has(.mark.feature)")
+    script(driver, "arguments[0].dispatchEvent(new MouseEvent('click', { bubbles: true }))", node)
+    assert f"→{ATTACK},One" in texts(driver, "#details")[0]
+    driver.find_element("id", "dashboard").click()
+    arrive(driver, "features/1_0.html#f7")
+    assert driver.title == "Feature 1/7"
+    driver.back()
+    arrive(driver, "commitments.html#commitment=1&node=1_7_3")
+    assert (
+        driver.find_element("css selector", ".line[aria-pressed='true']").get_attribute("data-number") == "1"
+    )
 
 
 def test_search_finds_by_promoted_token_place_and_layer(driver, visit):

@@ -79,3 +79,9 @@ def test_metrics_are_of_the_probabilities_without_the_mask(bundled, state):
         log_odds(n, 0)(logits)
     with pytest.raises(DataError, match=rf"token must be in \[0, {mask_id}\), which leaves out the mask"):
         logit_difference(0, 1, mask_id)(logits)
+
+
+def test_a_state_without_masks_has_nothing_to_compare(bundled, state, tokenizer):
+    found = interventions(bundled, [Ablate(head=(0, 1))]).compare(state[:, :3])
+    assert found.changes() == []
+    assert found.table(tokenizer) == "no position is a mask, so nothing is predicted"

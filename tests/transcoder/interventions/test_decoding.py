@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mdlm_interp.decoding import Ancestral, Even, Record, Sampler, sample, start_tokens
+from mdlm_interp.decoding import Ancestral, Even, FirstHitting, Record, Sampler, sample, start_tokens
 from mdlm_interp.errors import DataError
 from transcoder.interventions import Ablate, Knockout, Patch, Scale, Set, Spliced, Steer, interventions
 
@@ -27,7 +27,7 @@ def same(one, two):
 
 def test_no_edit_and_edits_outside_their_steps_leave_every_bit(bundled, beside, start):
     plain = sample(bundled, start, SAMPLER, seed=5)
-    for edits in ([], [Ablate(feature=(1, 3), steps=[50])], [Knockout(edge=(1, 0), keys=2, steps=())]):
+    for edits in ([], [Ablate(feature=(1, 3), steps=[])], [Knockout(edge=(1, 0), keys=2, steps=())]):
         paths = interventions(beside, edits).decode(start, SAMPLER, seed=5)
         assert same(paths.before, plain)
         assert same(paths.after, plain)
@@ -35,6 +35,18 @@ def test_no_edit_and_edits_outside_their_steps_leave_every_bit(bundled, beside, 
         assert paths.first_difference == [None, None]
         assert paths.table() == "no final token differs"
     assert not same(sample(bundled, start, SAMPLER, seed=6), plain)  # the neighbour that fails
+
+
+def test_steps_that_are_never_taken_are_refused_where_their_number_is_fixed(bundled, start):
+    late = interventions(bundled, [Ablate(head=(0, 1), steps=[2]), Ablate(head=(0, 2), steps=range(8, 20))])
+    with pytest.raises(
+        DataError,
+        match=r"Ablate\(head=\(0, 2\)\) acts in none of the 8 denoising steps, got steps range\(8, 20\)",
+    ):
+        late.decode(start, SAMPLER, seed=5)
+    open_ended = Sampler(schedule=FirstHitting())
+    paths = interventions(bundled, [Ablate(head=(0, 2), steps=[1000])]).decode(start, open_ended, seed=5)
+    assert not bool(paths.changed.any())
 
 
 def test_an_edit_in_a_window_leaves_the_steps_before_it(bundled, beside, start):

@@ -80,12 +80,14 @@ def test_positions_may_be_a_number_several_booleans_or_a_function(bundled, state
     mask_id = bundled.config.mask_id
     masked = (state[0] == mask_id).nonzero()[:, 0]
     forms = [masked.tolist(), masked, state == mask_id, state[0] == mask_id, lambda x: x == mask_id]
+    forms += [masked.numpy(), (state == mask_id).numpy()]
     found = [interventions(bundled, [Ablate(hook=MLP, positions=form)])(state) for form in forms]
     for one in found[1:]:
         assert torch.equal(one, found[0])
     first = int(masked[0])
     one = interventions(bundled, [Ablate(hook=MLP, positions=first)])(state)
-    assert torch.equal(one, interventions(bundled, [Ablate(hook=MLP, positions=[first])])(state))
+    for form in ([first], masked.numpy()[0]):
+        assert torch.equal(one, interventions(bundled, [Ablate(hook=MLP, positions=form)])(state))
     assert not torch.equal(one, found[0])
 
 
@@ -250,6 +252,10 @@ def test_edits_of_one_feature_chain_in_order(replacement, active, ids, sigma):
         run(Scale(3.0, **place), Set(2.0, **place)), run(Set(2.0, **place)), rtol=0, atol=1e-4
     )
     assert float((tripled_after - run(Set(2.0, **place))).abs().max()) > 1e-3
+    # Exact: what reaches the outputs is one change, so only what the last edit leaves counts.
+    assert torch.equal(run(Scale(3.0, **place), Set(2.0, **place)), run(Set(2.0, **place)))
+    assert torch.equal(run(Scale(2.0, **place), Scale(0.5, **place)), run())
+    assert not torch.equal(run(Scale(2.0, **place), Scale(0.25, **place)), run())
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from transcoder.interventions import (
     Steer,
     interventions,
 )
+from transcoder.interventions.edits import fitting
+from transcoder.interventions.session import edit_list
 from transcoder.interventions.sites import feature_place
 from transcoder.interventions.subjects import ground_of
 
@@ -108,6 +110,9 @@ def test_features_need_a_transcoder_and_a_subject_is_one(model, replacement):
         interventions(model, [Ablate(feature=(0, 0))])
     with pytest.raises(DataError, match=r"got Oracle; of an Oracle hand in its \.model"):
         ground_of(Oracle(model))
+    for wrong in ("x", [Ablate], [None], Ablate):
+        with pytest.raises(DataError, match=r"an edit is an Ablate\(...\), .*, got"):
+            edit_list(wrong)
     for pair in ((1,), 1, "12", (1, 2.0)):
         with pytest.raises(DataError, match=r"a feature is \(layer, feature\), two whole numbers, got"):
             feature_place(pair, replacement.clt, "here")
@@ -129,6 +134,12 @@ def test_a_source_without_the_hook_or_of_another_length_is_refused(replacement, 
 def test_an_amount_that_does_not_fit_is_refused(replacement, ids, sigma, edit):
     with pytest.raises(DataError, match=r"must broadcast to \[2, 24, 32\], got"):
         interventions(replacement, [edit])(ids, sigma)
+
+
+@pytest.mark.parametrize("amount", ["3", None, [[1.0], [2.0, 3.0]]])
+def test_an_amount_that_is_no_number_is_refused(amount):
+    with pytest.raises(DataError, match=r"^here: by must be a number or a tensor, got"):
+        fitting(amount, torch.zeros(2), "here: by")
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from transcoder.interventions import (
     log_odds,
     patching_sweep,
 )
+from transcoder.interventions.sweep import COMPONENTS, check_request
 from transcoder.interventions.swept import PatchingSweep
 
 PAIR = ("The dog ran in the park. The [MASK] was happy.", "The bird ran in the park. The [MASK] was happy.")
@@ -191,6 +192,7 @@ def test_a_sweep_without_gradients_runs_under_the_oracle(model, ids, sigma):
     ("change", "message"),
     [
         ({"components": ["resid"]}, "'resid' is no component of a sweep; did you mean 'resid_pre'"),
+        ({"components": []}, "a sweep needs a component, got none; there are resid_pre, attn_out"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
@@ -202,5 +204,8 @@ def test_a_request_that_cannot_be_meant_is_refused(doubles, states, metric, chan
 def test_states_that_cannot_be_compared_are_refused(doubles, states, metric):
     with pytest.raises(DataError, match=r"the clean state has shape \[1, 5\], the corrupted one \[1, "):
         patching_sweep(doubles, states[0][:, :5], states[1], metric)
+    two = [torch.cat([state, state]) for state in states]
+    with pytest.raises(DataError, match=r"a sweep is of one sequence \[1 pos\], got \[2, "):
+        check_request(two[0], two[1], COMPONENTS, 1)
     with pytest.raises(DataError, match="are equal, so no patch can have an effect"):
         patching_sweep(doubles, states[0], states[0], metric)

@@ -149,7 +149,7 @@ def test_of_a_token_that_was_taken_back_the_last_writing_is_the_commit(replaceme
     assert len(lives) == len(expected_lives(all_acts(replacement, trajectory), trajectory))
 
 
-@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("k", [None, 3, 20])  # of which 8 are active
 def test_overlap_is_that_of_python_sets(replacement, trajectory, acts, k):
     found = feature_overlap(replacement, trajectory, k=k)
     assert torch.equal(found.was_masked, trajectory.states == trajectory.mask_id)
