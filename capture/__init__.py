@@ -11,6 +11,7 @@ from mdlm_interp.lazy_exports import lazily
 
 if TYPE_CHECKING:
     from capture.config import CaptureConfig
+    from capture.forecast import Forecast, forecast_capture
     from capture.iteration import ShuffledRows
     from capture.reader import ActivationStore, open_store
     from capture.run import run_capture
@@ -22,10 +23,21 @@ else:
             "open_store": "capture.reader",
             "CaptureConfig": "capture.config",
             "run_capture": "capture.run",
+            "forecast_capture": "capture.forecast",
+            "Forecast": "capture.forecast",
             "verify_store": "capture.verify",
             "ActivationStore": "capture.reader",
             "ShuffledRows": "capture.iteration",
         },
     )
 
-__all__ = ["open_store", "CaptureConfig", "run_capture", "verify_store", "ActivationStore", "ShuffledRows"]
+__all__ = [
+    "open_store",
+    "CaptureConfig",
+    "run_capture",
+    "forecast_capture",
+    "Forecast",
+    "verify_store",
+    "ActivationStore",
+    "ShuffledRows",
+]

@@ -94,6 +94,8 @@ def refuse_another(
         for key in SAME_STACK:
             if item(before, key) != item(now, key):
                 remedy = "go on with that one, or the rows would differ in rounding"
+                if key == "threads":
+                    remedy += f"; OMP_NUM_THREADS={item(before, key)} and --forwards 1 give it anywhere"
                 raise _another(name, key, item(before, key), item(now, key), remedy)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from time import perf_counter
 
 from tqdm import tqdm
@@ -54,13 +54,30 @@ class VerifyConfig:
             raise ConfigError(f"seed must be in [0, 2**64), got {self.seed}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(CaptureConfig):
+    """Record activations of a model over noised text, one row a token. The same command continues a capture."""
+
+    dry_run: bool = False
+    """Only print the forecast, or why the capture is not possible; write nothing."""
+
+    def capture(self) -> CaptureConfig:
+        """What to capture."""
+        return CaptureConfig(**{field.name: getattr(self, field.name) for field in fields(CaptureConfig)})
+
+
 def run(argv: Sequence[str]) -> int:
     """Capture activations, or go on with a capture, and say what was written."""
-    from capture.run import run_capture
+    from capture.request import ranks
+    from capture.run import dry_run, run_capture
 
-    config = parse_args(
-        CaptureConfig, argv, prog="mdlm-interp capture run", positional=("files",), config_file=True
+    given = parse_args(
+        RunConfig, argv, prog="mdlm-interp capture run", positional=("files",), config_file=True
     )
+    config = given.capture()
+    if given.dry_run:
+        print(f"{config.out}: {dry_run(config)}")
+        return 0
     start = perf_counter()
     try:
         store = run_capture(config, progress=True)
@@ -80,6 +97,9 @@ def run(argv: Sequence[str]) -> int:
     if store.complete:
         endpoint = f" --endpoint {config.endpoint}" if config.endpoint else ""
         print(f"next: {invocation()} capture info {store.name}{endpoint}")
+    else:
+        rank, world_size = ranks(config)
+        print(f"rank {rank} of {world_size} is done; the last one to end completes the store")
     return 0
 
 

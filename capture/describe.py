@@ -57,6 +57,7 @@ def described(store: ActivationStore) -> list[str]:
     schedule = record["schedule"]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     batch, length = record["batch_shape"]
+    threads = f"{record['threads']} thread{'s' if record['threads'] != 1 else ''} a pass"
     source = config["pack"] + ", times " + config["times"] + (f" {config['time']}" if config["time"] else "")
     if store.sampled:
         given = ", ".join(f"{name} {value}" for name, value in config["sampler"].items() if value)
@@ -70,6 +71,6 @@ def described(store: ActivationStore) -> list[str]:
         ),
         f"{source}, seed {record['seed']}, {schedule['name']} schedule with eps {schedule['eps']:g}",
         f"{record['arithmetic']} arithmetic on {record['device']}, batches of {batch} x {length}, "
-        f"{record['threads']} threads, {record['cpu']['machine']} {record['cpu']['capability']}",
+        f"{threads}, {record['cpu']['machine']} {record['cpu']['capability']}",
         versions,
     ]

@@ -1,17 +1,20 @@
-"""What a capture will take, before it begins: rows, sequences and bytes."""
+"""What a capture will take, before it begins: rows, sequences, bytes and time."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
+from time import perf_counter
 
 from capture import schema
 from capture.config import CaptureConfig
 from capture.decodings import expected_steps
+from capture.forward import Forward
 from capture.places import Place
-from capture.plan import expected_share
+from capture.plan import Batch, expected_share
+from capture.request import Request, forward_of_request, prepared
 from capture.shards import CRC_BYTES
 from mdlm_interp.documents import read_documents, text_bytes
 from mdlm_interp.errors import StoreError
@@ -38,9 +41,41 @@ class Forecast:
     layout: schema.Layout
     size: int
     """Bytes of the complete store."""
+    seconds: float | None = None
+    """Time for its rows, by the speed of one forward pass here; none if that was not measured."""
 
     def __str__(self) -> str:
-        return f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}"
+        took = "" if self.seconds is None else f", about {duration(self.seconds / 3600)}"
+        return f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}{took}"
+
+
+def forecast_capture(config: CaptureConfig, *, timed: bool = False) -> Forecast:
+    """What `run_capture` would take; writes nothing, and does not ask whether the disk has room.
+
+    Rows and bytes are those of the whole store, also where several ranks write it or some of it is committed.
+
+    Args:
+        timed: Run the first batch twice to forecast the time as well.
+    Raises:
+        ConfigError, DataError, HookError, CheckpointError: If the request does not fit the model or text.
+    """
+    request = prepared(config)
+    expected = forecast(request.config, request.tokenizer, request.layout)
+    return with_time(expected, request, forward_of_request(request)) if timed else expected
+
+
+def with_time(expected: Forecast, request: Request, forward: Forward) -> Forecast:
+    """The forecast with the time that all ranks together need."""
+    speed = rows_per_second(forward, request.first) * request.world_size
+    return replace(expected, seconds=expected.rows / speed)
+
+
+def rows_per_second(forward: Forward, batch: Batch) -> float:
+    """Speed of the forward pass on one batch, the second time: the first one prepares the machine."""
+    forward(batch, check=True)
+    start = perf_counter()
+    forward(batch, check=False)
+    return (batch.stop - batch.start) / (perf_counter() - start)
 
 
 def forecast(config: CaptureConfig, tokenizer: Tokenizer, layout: schema.Layout) -> Forecast:

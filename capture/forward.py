@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import groupby
 
@@ -18,6 +18,10 @@ from capture.schema import row_shape
 from mdlm_interp.errors import HookError
 from mdlm_interp.hooks import HookPoint, select_names
 from mdlm_interp.model import HookedMDLM
+
+
+class StoppedError(Exception):
+    """A forward pass ended early, because nobody wants its rows any more."""
 
 
 class Forward:
@@ -34,6 +38,7 @@ class Forward:
         self._device = next(model.parameters()).device
         checked = set(hooks) | set(wanted_hooks(hooks, model.hook_names))
         self._checked = select_names(list(checked), model.hook_names)
+        self._starts = select_names("blocks.*.hook_resid_pre", model.hook_names)
         self.stop_at_block = last_block_needed(self._checked)
         self.shapes = {hook: row_shape(hook, model.config) for hook in hooks}
         """Of one row of each."""
@@ -45,13 +50,21 @@ class Forward:
         return Forward(model, self._hooks, together=self._together)
 
     def __call__(
-        self, batch: Batch, *, check: bool, out: Mapping[str, Tensor] | None = None
+        self,
+        batch: Batch,
+        *,
+        check: bool,
+        out: Mapping[str, Tensor] | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> Mapping[str, Tensor]:
         """Activations [row, ...] by hook, float32, on the CPU.
 
         Args:
             check: Whether to compare the sums of the residual stream; see `checks`.
             out: Memory for them, such as a `RowPool` gives; none takes new memory.
+            stopping: Asked at every block; once it is true, the pass ends there.
+        Raises:
+            StoppedError: If it was stopped.
         """
         rows = sum(len(sequence.positions) for sequence in batch.sequences)
         if out is None:
@@ -59,12 +72,18 @@ class Forward:
         start = 0
         for sequences in [batch.sequences] if self._together else [[one] for one in batch.sequences]:
             stop = start + sum(len(sequence.positions) for sequence in sequences)
-            self._run(sequences, check, {hook: acts[start:stop] for hook, acts in out.items()})
+            self._run(sequences, check, {hook: acts[start:stop] for hook, acts in out.items()}, stopping)
             start = stop
         return out
 
     @torch.inference_mode()
-    def _run(self, sequences: Sequence[PlannedSequence], check: bool, out: Mapping[str, Tensor]) -> None:
+    def _run(
+        self,
+        sequences: Sequence[PlannedSequence],
+        check: bool,
+        out: Mapping[str, Tensor],
+        stopping: Callable[[], bool],
+    ) -> None:
         xt = torch.from_numpy(np.stack([sequence.xt for sequence in sequences]))
         rows = flat_rows(sequences, xt.shape[1])
         if rows is not None:
@@ -74,13 +93,15 @@ class Forward:
 
         # Copied while they are in the processor's cache; and the model's memory is free for its next operations.
         def keep(acts: Tensor, hook: HookPoint) -> None:
+            if stopping():
+                raise StoppedError(f"stopped at {hook.name}")
             if hook.name in out:
                 _copy(acts, rows, out[hook.name])
                 copied.add(hook.name)
             if check and hook.name in self._checked:
                 checked[hook.name] = acts
 
-        listened = [*out, *self._checked] if check else out
+        listened = [*self._starts, *out, *(self._checked if check else ())]
         with self._model.hooks(dict.fromkeys(listened, keep), read_only=True):
             self._model(
                 xt.to(self._device), sigmas(sequences).to(self._device), stop_at_block=self.stop_at_block

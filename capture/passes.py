@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
+from threading import Barrier, Event
 from typing import TypeAlias
 
 import torch
@@ -70,23 +71,33 @@ class Passes:
             self._idle.put(forward.twin())
         self._idle.put(forward)
         self._threads: ThreadPoolExecutor | None = None
+        self._stopping = Event()
 
     def __enter__(self) -> Passes:
         if self._shares.passes > 1:
-            self._before = torch.get_num_threads()
-            self._threads = ThreadPoolExecutor(
-                self._shares.passes,
-                "capture-forward",
-                initializer=torch.set_num_threads,
-                initargs=(self._shares.threads,),
-            )
+            before = torch.get_num_threads()
+            self._threads = ThreadPoolExecutor(self._shares.passes, "capture-forward")
+            begun = Barrier(self._shares.passes)
+            waiting = []
+            try:
+                for _ in range(self._shares.passes):
+                    waiting.append(self._threads.submit(_begin, self._shares.threads, begun))
+                for future in waiting:
+                    future.result()
+            except BaseException:
+                begun.abort()
+                self._threads.shutdown()
+                raise
+            finally:
+                # What a thread sets for itself is also what every later thread of the process begins with.
+                torch.set_num_threads(before)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._threads is not None:
+            # A pass may take minutes, and who interrupts a capture should not wait for it.
+            self._stopping.set()
             self._threads.shutdown(cancel_futures=True)
-            # What a thread sets is also what every later thread of the process begins with.
-            torch.set_num_threads(self._before)
 
     def run(self, jobs: Iterable[tuple[Batch, bool | None]]) -> Iterator[tuple[Batch, Lent | None]]:
         """Each batch in order with its activations.
@@ -109,10 +120,16 @@ class Passes:
         acts, release = self._pool.take(batch.stop - batch.start)
         forward = self._idle.get_nowait()  # there are as many as threads
         try:
-            forward(batch, check=check, out=acts)
+            forward(batch, check=check, out=acts, stopping=self._stopping.is_set)
         finally:
             self._idle.put(forward)
         return acts, release
+
+
+def _begin(threads: int, begun: Barrier) -> None:
+    torch.get_num_threads()  # a thread's first question gives it the process's number, also one set before
+    torch.set_num_threads(threads)
+    begun.wait()  # so that none of them takes the job of another, and all have begun
 
 
 def _ended(batch: Batch, future: Future[Lent] | None) -> tuple[Batch, Lent | None]:

@@ -208,6 +208,11 @@ def forward_of(model: HookedMDLM, hooks: Sequence[str], config: CaptureConfig) -
     return Forward(in_arithmetic(model, config), hooks, together=config.pack == "blocks")
 
 
+def forward_of_request(request: Request) -> Forward:
+    """The forward pass that was asked for."""
+    return Forward(request.network, list(request.layout.shapes), together=request.config.pack == "blocks")
+
+
 def in_arithmetic(model: HookedMDLM, config: CaptureConfig) -> HookedMDLM:
     """The model in the arithmetic that was asked for."""
     if config.arithmetic == "exact":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,14 +23,14 @@ from capture import manifest as manifests
 from capture.begin import begin
 from capture.config import CaptureConfig
 from capture.finish import clean, done_name, finish, has_leftovers
-from capture.forecast import duration, forecast, refuse_full_disk
+from capture.forecast import Forecast, forecast, refuse_full_disk, with_time
 from capture.forward import Forward
 from capture.passes import Passes
 from capture.places import Place, place_of
 from capture.plan import SCHEDULE, Batch
 from capture.provenance import provenance
 from capture.reader import ActivationStore, open_store
-from capture.request import Request, prepared
+from capture.request import Request, forward_of_request, prepared
 from capture.sources import Sources, refuse_repeated
 from capture.store_files import read_manifest
 from capture.writer import Rows, StoreWriter
@@ -55,16 +54,10 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
         WriteError: If the disk fails or is full while writing; what is committed stays.
     """
     place = place_of(config.out, config.endpoint)
-    request = prepared(config)
-    refuse_repeated(request.config.files)
-    expected = forecast(request.config, request.tokenizer, request.layout)
-    begun = begun_manifest(place)
-    if not config.any_disk and not (begun and begun.complete):
-        refuse_full_disk(place, expected, begun.committed_rows if begun else 0)
-    forward = Forward(request.network, list(request.layout.shapes), together=request.config.pack == "blocks")
+    request, expected = _possible(place, config)
+    forward = forward_of_request(request)
     if progress and request.rank == 0:
-        hours = expected.rows / rows_per_second(forward, request.first) / 3600 / request.world_size
-        sys.stderr.write(f"{place.name}: {expected}, about {duration(hours)}\n")
+        sys.stderr.write(f"{place.name}: {with_time(expected, request, forward)}\n")
     sources = Sources(request.config.files)
     sources.refuse_same_content()
     attributes = {
@@ -97,20 +90,33 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
     return open_store(config.out, endpoint=config.endpoint)
 
 
+def dry_run(config: CaptureConfig) -> Forecast:
+    """The forecast of a request, with the time, that `run_capture` would begin or go on with; writes nothing.
+
+    Raises:
+        MdlmError: As `run_capture`, but for what only the store's own files and locks tell.
+    """
+    request, expected = _possible(place_of(config.out, config.endpoint), config)
+    return with_time(expected, request, forward_of_request(request))
+
+
+def _possible(place: Place, config: CaptureConfig) -> tuple[Request, Forecast]:
+    """The request and what it takes; raises if model, text and disk do not allow it."""
+    request = prepared(config)
+    refuse_repeated(request.config.files)
+    expected = forecast(request.config, request.tokenizer, request.layout)
+    begun = begun_manifest(place)
+    if not config.any_disk and not (begun and begun.complete):
+        refuse_full_disk(place, expected, begun.committed_rows if begun else 0)
+    return request, expected
+
+
 def begun_manifest(place: Place) -> manifests.Manifest | None:
     """What is committed of the store already, if there is one."""
     try:
         return read_manifest(place) if place.exists() else None
     except StoreError:  # something else is there, which `begin` refuses
         return None
-
-
-def rows_per_second(forward: Forward, batch: Batch) -> float:
-    """Speed of the forward pass on one batch, the second time: the first one prepares the machine."""
-    forward(batch, check=True)
-    start = perf_counter()
-    forward(batch, check=False)
-    return (batch.stop - batch.start) / (perf_counter() - start)
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mdlm_interp.__main__ import main
 from mdlm_interp.config_files import load_config
 
 ROOT = Path(__file__).parents[2]
+Usage = namedtuple("Usage", "total used free")
 
 
 def arguments(config: CaptureConfig) -> list[str]:
@@ -42,6 +44,38 @@ def test_run_says_what_was_written_and_what_comes_next(config, capsys):
     )
 
 
+def test_a_dry_run_prints_the_forecast_and_writes_nothing(config, capsys):
+    assert run([*arguments(config), "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert not said.err
+    assert list(Path(config.out).parent.iterdir()) == []
+    run(arguments(config))
+    told = re.compile(r"(.*), about \d+ s\n")
+    foreseen, forecast = told.fullmatch(said.out), told.fullmatch(capsys.readouterr().err)
+    assert foreseen is not None
+    assert forecast is not None
+    assert foreseen[1] == forecast[1]
+
+
+def test_a_dry_run_says_why_a_capture_is_not_possible(config, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**7, 10**7, 0))
+    assert main(["capture", "run", *arguments(config), "--dry-run"]) == 2
+    assert "for 72 rows and its disk has 0 bytes free" in capsys.readouterr().err
+    assert main(["capture", "run", *arguments(config), "--dry-run", "--any-disk"]) == 0
+    assert list(Path(config.out).parent.iterdir()) == []
+
+
+def test_a_rank_that_is_not_the_last_says_that_it_is_done(config, capsys):
+    assert run([*arguments(config), "--rank", "1", "--world-size", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "INCOMPLETE" in lines[0]
+    assert lines[2] == "rank 1 of 2 is done; the last one to end completes the store"
+    assert run([*arguments(config), "--rank", "0", "--world-size", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "INCOMPLETE" not in lines[0]
+    assert lines[2].startswith("next: ")
+
+
 def test_the_same_command_again_finds_the_store_complete(config, capsys):
     run(arguments(config))
     first = capsys.readouterr().out.splitlines()
@@ -66,7 +100,10 @@ def test_info_describes_the_store(config, capsys):
     assert [float(text) for text in shown] == pytest.approx([float(rms)], rel=1e-3)
     assert f"weights sha256 {store.provenance['weights_sha256']}" in out
     assert f"text {config.files[1]}, {config.files[1].stat().st_size:,} bytes, sha256" in out
-    assert "native arithmetic on cpu, batches of 16 x 24" in out
+    threads = store.provenance["threads"]
+    assert (
+        f"native arithmetic on cpu, batches of 16 x 24, {threads} thread{'s'[: threads != 1]} a pass, " in out
+    )
 
 
 def test_info_reads_everything_for_the_fingerprint_only_when_asked(config, capsys):

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from capture import CaptureConfig, open_store, run_capture
-from capture.forecast import Forecast, forecast
+from capture import CaptureConfig, Forecast, forecast_capture, open_store, run_capture
+from capture.forward import Forward
 from capture.places import Directory, place_of
-from capture.request import prepared
 from capture.writer import StoreWriter
 from mdlm_interp.errors import StoreError
 
@@ -58,11 +57,6 @@ def long(config: CaptureConfig) -> CaptureConfig:
     return replace(config, max_sequences=None, hooks=("blocks.*.mlp.hook_in", "blocks.*.mlp.hook_pre"))
 
 
-def forecast_of(config: CaptureConfig) -> Forecast:
-    request = prepared(config)
-    return forecast(request.config, request.tokenizer, request.layout)
-
-
 VARIATIONS: dict[str, dict[str, Any]] = {
     "one shard": {},
     "several shards": {"shard_rows": 256},
@@ -104,7 +98,7 @@ def test_a_disk_too_small_for_one_shard_of_columns_is_not_told_to_lower_max_rows
 def test_the_forecast_is_the_size_of_the_store(long, name):
     """Bounded: to 5 % where the number of rows is known; masks are drawn, so there to 15 %."""
     config = replace(long, **VARIATIONS[name], max_rows=700)
-    expected = forecast_of(config)
+    expected = forecast_capture(config)
     store = run_capture(config)
     share = 0.15 if config.positions == "masked" else 0.05
     assert abs(expected.size - size_of(store.path)) < share * expected.size, (
@@ -143,10 +137,10 @@ def test_a_place_that_cannot_tell_its_room_is_not_refused(long, monkeypatch):
 
     place = place_of(long.out)
     monkeypatch.setattr(Directory, "free_bytes", lambda self: None)
-    refuse_full_disk(place, forecast_of(long), 0)
+    refuse_full_disk(place, forecast_capture(long), 0)
     monkeypatch.setattr(Directory, "free_bytes", lambda self: 0)
     with pytest.raises(StoreError, match="has 0 bytes free"):
-        refuse_full_disk(place, forecast_of(long), 0)
+        refuse_full_disk(place, forecast_capture(long), 0)
 
 
 def test_a_complete_store_needs_no_room_though_more_rows_were_forecast(long, monkeypatch):
@@ -154,6 +148,33 @@ def test_a_complete_store_needs_no_room_though_more_rows_were_forecast(long, mon
     monkeypatch.setattr("capture.forecast.expected_share", lambda _: 0.9)
     config = replace(long, positions="masked")
     store = run_capture(config)
-    assert forecast_of(config).rows > len(store)
+    assert forecast_capture(config).rows > len(store)
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**7, 10**7, 0))
     assert run_capture(config).complete
+
+
+def test_a_forecast_writes_nothing_and_tells_the_time_when_asked(long, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**7, 10**7, 0))  # it has no say here
+    monkeypatch.setattr("capture.forecast.rows_per_second", lambda *_: 330.0)
+    plain, timed = forecast_capture(long), forecast_capture(long, timed=True)
+    assert isinstance(plain, Forecast)
+    assert plain.seconds is None
+    assert timed.rows == plain.rows > 1000
+    assert timed.seconds == timed.rows / 330
+    assert str(timed) == f"{plain}, about {timed.seconds:.0f} s"
+    two = replace(long, rank=1, world_size=2)
+    assert forecast_capture(two, timed=True).seconds == timed.seconds / 2
+    assert not Path(long.out).exists()
+    assert list(Path(long.out).parent.iterdir()) == []
+
+
+def test_the_speed_of_the_forecast_is_that_of_the_second_pass(long, monkeypatch):
+    clock, takes = [5.0], iter([10.0, 0.5])
+
+    def passing(self, batch, *, check):
+        clock[0] += next(takes)
+
+    monkeypatch.setattr("capture.forecast.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Forward, "__call__", passing)
+    expected = forecast_capture(long, timed=True)
+    assert expected.seconds == expected.rows / (16 * 24 / 0.5)

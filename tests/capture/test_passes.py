@@ -1,11 +1,14 @@
 """Forward passes side by side: the batches' order, the same bytes, errors in their place, threads given back."""
 
+import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.__config__ import parallel_info
 
 from capture import run_capture
 from capture.forward import Forward
@@ -13,8 +16,11 @@ from capture.passes import AHEAD, Passes, Shares
 from capture.plan import Batch
 from capture.recomputed import on_threads
 from capture.request import prepared
+from capture.row_pool import RowPool
 from capture.verify import verify_store
+from capture.writer import WAITING_BATCHES, StoreWriter
 from mdlm_interp.errors import ConfigError, HookError
+from mdlm_interp.layers import Block
 
 HOOKS = ["blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"]
 
@@ -23,6 +29,12 @@ HOOKS = ["blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"]
 def four_threads():
     with on_threads(4):
         yield
+
+
+def number_in_a_thread() -> int:
+    """Torch's threads in a thread that begins now."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
 
 
 @pytest.fixture
@@ -73,19 +85,44 @@ def test_each_pass_has_its_share_of_the_threads_and_the_caller_all_of_them_again
     seen, run = [], Forward._run
 
     def counting(self, *args):
-        seen.append(torch.get_num_threads())
         run(self, *args)
+        # What OpenMP and MKL, where torch has them, take for an operation of this thread.
+        seen.append(
+            {torch.get_num_threads(), *map(int, re.findall(r"_max_threads\(\) : (\d+)", parallel_info()))}
+        )
 
     monkeypatch.setattr(Forward, "_run", counting)
     with Passes(forward, Shares(2, 2)) as passes:
         for _ in passes.run((batch, False) for batch in batches):
             pass
-    assert seen == [2] * len(batches)
-    later = []
-    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert later == [torch.get_num_threads()] == [4]
+    assert seen == [{2}] * len(batches)
+    assert number_in_a_thread() == torch.get_num_threads() == 4
+
+
+def test_other_threads_have_the_callers_number_while_passes_run(planned, four_threads):
+    forward, batches = planned
+    with Passes(forward, Shares(2, 2)) as passes:
+        for _ in passes.run((batch, False) for batch in batches):
+            assert number_in_a_thread() == torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_threads_that_cannot_begin_leave_none_behind(planned, monkeypatch, four_threads, failing):
+    """The process would wait for them for ever at its end."""
+    forward, _ = planned
+    start, numbers = threading.Thread.start, iter(range(1, 10))
+
+    def refused(self):
+        if next(numbers) == failing:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start new thread"), Passes(forward, Shares(2, 2)):
+        pass
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert number_in_a_thread() == torch.get_num_threads() == 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("capture-forward")]
 
 
 def test_batches_of_others_keep_their_place(planned, four_threads):
@@ -108,6 +145,42 @@ def test_few_batches_are_read_ahead(planned, four_threads):
     with Passes(forward, Shares(2, 2)) as passes:
         for number, _ in enumerate(passes.run(jobs())):
             assert len(read) <= number + 2 + AHEAD + 1
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_a_slow_disk_holds_no_more_batches_in_memory_than_may_be_under_way(
+    config, monkeypatch, four_threads, passes
+):
+    """Exact: those that are computed, ahead or handed over, and those that wait for the disk or are written."""
+    take, write, lent, most = RowPool.take, StoreWriter._write, set(), 0
+    allowed = (passes + AHEAD if passes > 1 else 0) + 1 + WAITING_BATCHES + 1
+
+    def counting(self, rows):
+        nonlocal most
+        acts, release = take(self, rows)
+        key = next(iter(acts.values())).data_ptr()
+        lent.add(key)
+        most = max(most, len(lent))
+
+        def back():
+            lent.remove(key)
+            release()
+
+        return acts, back
+
+    def held(self, rows):
+        deadline = time.monotonic() + 60
+        while most < allowed and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not rows.start:
+            time.sleep(0.3)  # time for one too many
+        write(self, rows)
+
+    monkeypatch.setattr(RowPool, "take", counting)
+    monkeypatch.setattr(StoreWriter, "_write", held)
+    run_capture(replace(config, batch_size=1, forwards=passes))
+    assert most == allowed
+    assert not lent
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
@@ -155,6 +228,43 @@ def test_an_error_comes_where_its_batch_is_due_and_everything_ends(planned, monk
     assert done == batches[:2]
     assert torch.get_num_threads() == 4
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("capture-forward")]
+
+
+@pytest.mark.parametrize("pack", ["blocks", "documents"])
+def test_an_interrupted_capture_waits_for_no_more_than_a_block(
+    config, monkeypatch, small_shards, four_threads, pack
+):
+    """Exact: of the two passes that are in their first block then, none begins its second."""
+    inside, shut, begun = threading.Barrier(3), threading.Event(), []
+    block, shutdown = Block.forward, ThreadPoolExecutor.shutdown
+
+    def held(self, *args):
+        if not shut.is_set():
+            inside.wait(60)
+            assert shut.wait(60)
+        begun.append(self)
+        return block(self, *args)
+
+    def shutting(self, *args, **kwargs):
+        if self._thread_name_prefix == "capture-forward":
+            shut.set()
+        shutdown(self, *args, **kwargs)
+
+    class Interrupting(Passes):
+        def run(self, jobs):
+            assert self._threads is not None
+            for job in [next(iter(jobs)) for _ in range(2)]:
+                self._threads.submit(self._one, *job)
+            inside.wait(60)
+            raise KeyboardInterrupt
+            yield
+
+    monkeypatch.setattr(Block, "forward", held)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutting)
+    monkeypatch.setattr("capture.run.Passes", Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run_capture(replace(config, batch_size=4, pack=pack, hooks=("hook_logits",)))
+    assert len(begun) == 2
 
 
 def test_a_twin_has_the_same_weights_and_hook_points_of_its_own(planned):

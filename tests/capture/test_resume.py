@@ -196,10 +196,27 @@ def test_native_rows_are_not_continued_with_another_number_of_threads(long, monk
     with (
         on_threads(2 * threads + 2),
         pytest.raises(
-            OutputExistsError, match=rf"was begun with threads {threads}, got {threads + 1}; go on with"
+            OutputExistsError,
+            match=rf"was begun with threads {threads}, got {threads + 1}; go on with .*"
+            rf"; OMP_NUM_THREADS={threads} and --forwards 1 give it anywhere$",
         ),
     ):
         run_capture(long)
+    with on_threads(threads):  # as told
+        assert run_capture(replace(long, forwards=1)).complete
+    whole = run_capture(replace(long, out=long.out + ".whole"))
+    assert contents(long.out) == contents(whole.path)
+
+
+def test_native_rows_are_continued_with_more_forwards_of_as_many_threads(long, monkeypatch):
+    with on_threads(2):
+        whole = run_capture(replace(long, out=long.out + ".whole"))
+        stop_at_call(monkeypatch, HookedMDLM, "forward", 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run_capture(replace(long, forwards=2))
+    with on_threads(3):
+        assert run_capture(replace(long, forwards=3)).complete
+    assert contents(long.out) == contents(whole.path)
 
 
 def test_a_second_writer_is_refused_and_changes_nothing(long, monkeypatch):

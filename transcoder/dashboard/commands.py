@@ -38,7 +38,7 @@ class SiteConfig:
     model: str | None = None
     """Model directory, hub id, or "bundled"; none takes the one that the store names."""
     max_sequences: int | None = None
-    """Sequences of the store to look at, evenly spread; none looks at all."""
+    """Sequences of the store to look at, of all times and of many texts; none looks at all."""
     examples: int = 8
     """Strongest occurrences shown of a feature, at most one of a sequence."""
     context: int = 12

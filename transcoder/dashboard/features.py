@@ -42,7 +42,7 @@ def collect(
         model: That the transcoder was trained on, and the store captured from.
         n_examples: Strongest occurrences of a feature, at most one of a sequence.
         context: Tokens shown before and after each.
-        max_sequences: Sequences to look at, evenly spread; none looks at all.
+        max_sequences: Sequences to look at, of all times and of many texts; none looks at all.
         n_tokens: Promoted and suppressed tokens, so many of each.
         n_nearest: Nearest features; 0 leaves out the search.
     Raises:

@@ -28,6 +28,7 @@ from mdlm_interp.errors import DataError
 from transcoder.dashboard.strongest import Strongest
 from transcoder.identity import check_store
 from transcoder.model import CrossLayerTranscoder
+from transcoder.sequence_choice import well_mixed
 
 BLOCK_VALUES = 2**24
 """Activations of one layer that are in memory at once."""
@@ -123,7 +124,8 @@ def find_occurrences(
         n_examples: Strongest occurrences to keep of a feature, at most one of a sequence.
         before: Tokens of context before each.
         after: Likewise.
-        max_sequences: Sequences to look at, evenly spread; none looks at all.
+        max_sequences: Sequences to look at: each time in its share, and as many texts as that allows; none looks at
+            all.
     Raises:
         DataError: If a number is out of range, the store has no whole sequence, or the transcoder is a batchtopk.
         StoreError: If the store is of another model, or lacks a hook point.
@@ -139,7 +141,9 @@ def find_occurrences(
     check_store(clt, store)
     if store.n_sequences == 0:
         raise DataError(f"{store.name} has no sequence that is committed whole; let its capture go on")
-    seqs = _spread(store.n_sequences, max_sequences)
+    text = store.sequence_column("block").numpy()
+    wanted = store.n_sequences if max_sequences is None else max_sequences
+    seqs = well_mixed(store.times().numpy(), text, wanted, seed=0)
     rows, layers = _stream(clt, store, seqs, n_examples, progress)
     n_layers, n_features = clt.config.n_layers, clt.config.n_features
     by_stratum = (n_layers, 2, T_BINS, n_features)
@@ -154,12 +158,6 @@ def find_occurrences(
         values=np.where(found >= 0, values, np.float32(np.nan)),
         **_contexts(clt, store, np.stack([one.seqs for one in kept]), found, before, after, progress),
     )
-
-
-def _spread(n_sequences: int, wanted: int | None) -> NDArray[np.int64]:
-    if wanted is None or wanted >= n_sequences:
-        return np.arange(n_sequences)
-    return np.arange(wanted) * n_sequences // wanted
 
 
 def _blocks(store: ActivationStore, seqs: NDArray[np.int64], n_rows: int) -> Iterator[slice]:

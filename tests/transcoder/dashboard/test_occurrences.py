@@ -114,10 +114,19 @@ def test_rows_are_read_a_block_at_a_time_and_the_result_is_the_same(trained, sto
     assert max(encoded) == max(rows // 24 * 24, 24)
 
 
-def test_some_sequences_evenly_spread(trained, store):
-    found = find_occurrences(trained, store, max_sequences=4)
-    assert (found.n_sequences, found.n_rows) == (4, 96)
-    assert set(np.unique(found.seqs).tolist()) == {-1, 0, 10, 20, 30}
+def test_some_sequences_of_all_times_and_many_texts(trained, model_directory, text, tmp_path: Path):
+    """Evenly spaced numbers would meet one of the times alone."""
+    store = run_capture(
+        CaptureConfig(
+            model=str(model_directory), files=(text,), out=str(tmp_path / "fixed.zarr"), length=24,
+            max_sequences=24, times="fixed", time=(0.2, 0.5, 0.8),
+        )
+    )  # fmt: skip
+    found = find_occurrences(trained, store, max_sequences=8)
+    assert (found.n_sequences, found.n_rows) == (8, 8 * 24)
+    seqs = np.unique(found.seqs[found.seqs >= 0])
+    assert np.unique(store.times().numpy()[seqs], return_counts=True)[1].tolist() == [3, 3, 2]
+    assert len(np.unique(store.sequence_column("block").numpy()[seqs])) == 8
 
 
 def test_what_was_not_recorded_has_tokens_and_no_activation(trained, model_directory, text, tmp_path: Path):
