@@ -14,6 +14,8 @@ from mdlm_interp.decoding.settings import Sampler, Schedule
 from mdlm_interp.errors import ConfigError
 
 ReMasking = Literal["cap", "rescale", "conf", "loop", "low_confidence", "random"]
+REMDM: tuple[ReMasking, ...] = ("cap", "rescale", "conf", "loop")
+ETA = 0.02
 By = Literal[
     "ancestral",
     "analytic",
@@ -53,8 +55,8 @@ class SamplerChoice:
     """Token ids that are never drawn, beside the mask."""
     remask: ReMasking | None = None
     """Take tokens back: as ReMDM (cap, rescale, conf, loop), or the least confident or random ones of each step."""
-    eta: float = 0.02
-    """Strength of ReMDM; the published one is 1 for conf."""
+    eta: float = ETA
+    """Strength of ReMDM (remask cap, rescale, conf or loop); the published one is 1 for conf."""
     guidance: float = 0.0
     """Strength of classifier-free guidance towards the prompt."""
     rewrite: Literal["least_confident", "most_confident"] | None = None
@@ -89,7 +91,8 @@ class SamplerChoice:
         steps = 64 if self.steps is None else self.steps
         if self.rewrite is not None:
             given = 1.0 if self.threshold is None else self.threshold
-            return Rewrite(version=self.rewrite, steps=steps, per_step=self.per_step or 1, threshold=given)
+            count = 1 if self.per_step is None else self.per_step
+            return Rewrite(version=self.rewrite, steps=steps, per_step=count, threshold=given)
         if self._ordered:
             if self.threshold is not None:
                 return Threshold(probability=self.threshold, of_drawn=self.by == "drawn_confidence")
@@ -116,6 +119,10 @@ class SamplerChoice:
             raise ConfigError(
                 f"positions are an order of their own, got by {self.by!r} too; give one of them"
             )
+        if self.eta != ETA and self.remask not in REMDM:
+            raise ConfigError(
+                f"eta is the strength of ReMDM, got remask {self.remask or 'none'}; add --remask {' or '.join(REMDM)}"
+            )
         if self.rewrite is not None:
             if self._ordered or self.by != "ancestral" or self.remask is not None:
                 raise ConfigError("rewrite has an order of its own; leave by, positions and remask out")
@@ -126,7 +133,7 @@ class SamplerChoice:
                 raise ConfigError(
                     f"{name} needs an order, got by {self.by!r}; add --by confidence or the like"
                 )
-        if self.remask in ("cap", "rescale", "conf", "loop") and (self._ordered or self.by != "ancestral"):
+        if self.remask in REMDM and (self._ordered or self.by != "ancestral"):
             raise ConfigError(
                 f"remask {self.remask} is a kind of ancestral sampling; leave by and positions out"
             )

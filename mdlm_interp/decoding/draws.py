@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdlm_interp.decoding.checks import check_whole
 from mdlm_interp.diffusion import LogLinearSchedule
 from mdlm_interp.errors import ConfigError
 from mdlm_interp.shapes import Float, Float64, Int64, Shaped
@@ -61,7 +62,11 @@ class Float64Draws:
 
     def weights(self, logits: Float[Tensor, "row vocab"], temperature: float) -> Float64[Tensor, "row vocab"]:
         """See `DrawArithmetic.weights`."""
-        return (logits.double() / temperature).softmax(-1)
+        wide = logits.double()
+        if temperature != 1.0:
+            # Less the largest first: where a small temperature makes a quotient overflow, it is then exp(-inf) = 0.
+            wide = (wide - wide.amax(-1, keepdim=True)) / temperature
+        return wide.softmax(-1)
 
     def pick(self, weights: Shaped[Tensor, "row vocab"], words: Words) -> Int64[Tensor, " row"]:
         """See `DrawArithmetic.pick`; of each word the upper 53 bits count."""
@@ -110,6 +115,8 @@ class Draw:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k)
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k must be at least 1, or none for all tokens; got {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:

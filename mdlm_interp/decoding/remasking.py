@@ -22,11 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdlm_interp.decoding.checks import check_choice
 from mdlm_interp.decoding.draws import DrawArithmetic, as_uniforms
 from mdlm_interp.decoding.orders import highest
 from mdlm_interp.decoding.schedules import Ancestral, Number, Step, below, reveal_chance
 from mdlm_interp.errors import ConfigError
 from mdlm_interp.shapes import Bool
+
+Strategy = Literal["cap", "rescale", "conf", "loop"]
+TakenBack = Literal["low_confidence", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class ReMDM:
 
     grid: Ancestral = field(default_factory=Ancestral)
     """Times, steps and noise."""
-    strategy: Literal["cap", "rescale", "conf", "loop"] = "rescale"
+    strategy: Strategy = "rescale"
     """Sigma is min(eta, sigma_max); eta sigma_max; shared out by softmax(-confidence at commit); eta in a loop."""
     eta: float = 0.02
     """Strength; 0 is ancestral sampling, bit for bit. conf as published has 1."""
@@ -49,6 +53,7 @@ class ReMDM:
     """loop: let the phase of t alone choose the noise of a step that leaves its phase, and do not cap sigma."""
 
     def __post_init__(self) -> None:
+        check_choice("strategy", self.strategy, Strategy)
         if not 0.0 <= self.eta <= 1.0:
             raise ConfigError(f"eta must be in [0, 1], got {self.eta}")
         if not 0.0 < self.t_off < self.t_on < 1.0:
@@ -128,12 +133,13 @@ class TakeBack:
     and its random remasking `Even` in random order.)
     """
 
-    by: Literal["low_confidence", "random"] = "low_confidence"
+    by: TakenBack = "low_confidence"
     """Which: those whose tokens were least probable when drawn, or any."""
     per_step: int = 1
     """How many in a step."""
 
     def __post_init__(self) -> None:
+        check_choice("by", self.by, TakenBack)
         if self.per_step < 1:
             raise ConfigError(f"per_step must be at least 1, got {self.per_step}; leave remasking off for 0")
 

@@ -24,18 +24,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdlm_interp.decoding.checks import check_choice, check_count
 from mdlm_interp.decoding.draws import Words
 from mdlm_interp.decoding.orders import highest
 from mdlm_interp.decoding.schedules import WORD_BITS, Step
 from mdlm_interp.errors import ConfigError
 from mdlm_interp.shapes import Bool, Int64
 
+Version = Literal["least_confident", "most_confident"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rewrite:
     """A schedule without masks: which positions are written again in each step."""
 
-    version: Literal["least_confident", "most_confident"] = "least_confident"
+    version: Version = "least_confident"
     """Which positions come first."""
     steps: int = 64
     """At most this many; it ends earlier when there is nothing to write."""
@@ -47,11 +50,16 @@ class Rewrite:
     """Also write positions that hold the drawn token already."""
 
     def __post_init__(self) -> None:
+        check_choice("version", self.version, Version)
         for name in ("steps", "per_step"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
         if not 0.0 <= self.threshold <= 1.0:
             raise ConfigError(f"threshold must be a probability in [0, 1], got {self.threshold}")
+        if self.version == "most_confident" and self.threshold != 1.0:
+            raise ConfigError(
+                f"most_confident rewrites whatever the confidence, got the threshold {self.threshold}; leave it out, "
+                f"or take least_confident"
+            )
 
     @property
     def n_steps(self) -> int:

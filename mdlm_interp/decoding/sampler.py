@@ -19,7 +19,7 @@ functions of (seed, step, sequence's number, position), so neither the batch nor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -126,6 +126,8 @@ class _Run:
                 f"start must be int64 [batch pos] and not empty, "
                 f"got {str(start.dtype).removeprefix('torch.')} {list(start.shape)}"
             )
+        if not isinstance(seed, SupportsIndex):  # a fraction would be cut off, and give another seed's draws
+            raise DataError(f"seed must be a whole number, got {seed!r}")
         self.sampler, self.seed, self.mask_id = sampler, seed, mask_id
         self.numbers = list(indices) if indices is not None else list(range(start.shape[0]))
         if len(self.numbers) != start.shape[0]:
@@ -210,7 +212,7 @@ class _Run:
         rows = logits[is_open.to(logits.device)]
         measured = self._measure(rows, is_open, words, in_block)
         top_tokens, top_probabilities = self._alternatives(rows, is_open, record.alternatives)
-        order = sampler.order or "confidence"
+        order = "confidence" if sampler.order is None else sampler.order
         chance = torch.zeros_like(measured.drawn)
         if order == "random":
             chance = torch.from_numpy(as_uniforms(self.words("order", number)))

@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdlm_interp.decoding.checks import check_choice, check_count
 from mdlm_interp.decoding.draws import Measured, Words
 from mdlm_interp.decoding.orders import highest
 from mdlm_interp.errors import ConfigError
@@ -41,6 +42,9 @@ LOG_LINEAR_EPS = Fraction(1, 1000)
 WORD_BITS = 64
 
 Number = Fraction | float
+Noise = Literal["linear", "log_linear"]
+Finish = Literal["draw", "argmax"]
+Rounding = Literal["up", "down"]
 
 
 @dataclass(frozen=True)
@@ -98,17 +102,19 @@ class Ancestral:
 
     steps: int = 64
     """Steps of the grid; with more of them fewer tokens are drawn at once."""
-    noise: Literal["linear", "log_linear"] = "linear"
+    noise: Noise = "linear"
     """Share of masks: t, or (1 - 1/1000) t as in MDLM. It matters to remasking only."""
     end: float = 0.0
     """Time at which the grid ends; above 0 one more step fills what is left."""
-    finish: Literal["draw", "argmax"] = "draw"
+    finish: Finish = "draw"
     """How that last step takes its tokens; MDLM's noise removal is argmax, which is not a draw."""
     joint: bool = False
     """Draw "stay masked" and the tokens as one categorical, as the analytic sampler does."""
 
     def __post_init__(self) -> None:
-        _at_least_one("steps", self.steps)
+        check_count("steps", self.steps)
+        check_choice("noise", self.noise, Noise)
+        check_choice("finish", self.finish, Finish)
         if not 0.0 <= self.end < 1.0:
             raise ConfigError(f"end must be a time in [0, 1), got {self.end}")
 
@@ -154,11 +160,12 @@ class Even:
 
     steps: int = 64
     """Steps of a block."""
-    rounding: Literal["up", "down"] = "up"
+    rounding: Rounding = "up"
     """Of m masks with n steps to go, ceil(m / n) as LLaDA (its first steps take one more), or floor as Dream."""
 
     def __post_init__(self) -> None:
-        _at_least_one("steps", self.steps)
+        check_count("steps", self.steps)
+        check_choice("rounding", self.rounding, Rounding)
 
     @property
     def n_steps(self) -> int:
@@ -181,7 +188,7 @@ class Fixed:
     n_steps = None
 
     def __post_init__(self) -> None:
-        _at_least_one("per_step", self.per_step)
+        check_count("per_step", self.per_step)
 
     def choose(self, at: Step) -> Bool[Tensor, "batch pos"]:
         """Open positions that this step fills."""
@@ -228,8 +235,3 @@ class FirstHitting:
     ) -> Float64[Tensor, " batch"]:
         """Time of the next filling: t u^(1 / masks), the largest of `masks` uniforms below t."""
         return torch.where(masks > 0, t * torch.from_numpy(uniform) ** (1.0 / masks.clamp(min=1)), t)
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name} must be at least 1, got {value}")

@@ -7,14 +7,16 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
+from mdlm_interp.decoding.checks import check_choice, check_count
 from mdlm_interp.decoding.draws import Draw
-from mdlm_interp.decoding.orders import Order
+from mdlm_interp.decoding.orders import Order, OrderName
 from mdlm_interp.decoding.remasking import ReMDM, TakeBack
 from mdlm_interp.decoding.rewriting import Rewrite
 from mdlm_interp.decoding.schedules import Ancestral, Even, FirstHitting, Fixed, Threshold
 from mdlm_interp.errors import ConfigError
 
 Schedule = Ancestral | Even | Fixed | Threshold | FirstHitting | ReMDM | Rewrite
+Told = Literal["share", "time"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,19 @@ class Sampler:
     schedule's steps are those of one block."""
     guidance: float = 0.0
     """Strength w of classifier-free guidance towards the given tokens; each step then takes two passes."""
-    sigma: Literal["share", "time"] = "share"
+    sigma: Told = "share"
     """What a time-conditioned model is told: the noise of its share of masks, or of the schedule's time."""
     cache: bool = True
     """Do not run the model again on what has not changed."""
 
     def __post_init__(self) -> None:
+        check_choice("sigma", self.sigma, Told)
+        if isinstance(self.order, list):
+            raise ConfigError(
+                f"an order is a name or a tuple of positions, got a list; take tuple({self.order})"
+            )
+        if isinstance(self.order, str):
+            check_choice("order", self.order, OrderName)
         if self.order is not None and not isinstance(self.schedule, Even | Fixed | Threshold):
             raise ConfigError(
                 f"{type(self.schedule).__name__} chooses positions by itself, got the order {self.order!r}; "
@@ -86,6 +95,9 @@ class Record:
     """Keep activations in the trajectory; else only `watch` sees them, one step at a time."""
     alternatives: int = 0
     """Most probable tokens kept for each position that may be written in a step."""
+
+    def __post_init__(self) -> None:
+        check_count("alternatives", self.alternatives, least=0)
 
     def wants(self, step: int) -> bool:
         """Whether a step's activations are kept."""

@@ -4,9 +4,10 @@
 2. `read_documents` reads each by the end of its name, as a stream, with memory for one document.
 3. `token_blocks` and `document_blocks` tokenise in the background and cut, from any block's `start`.
 
-Formats: `.txt`, `.jsonl` and `.ndjson` (an object with "text" a line) and `.tar` (the original OpenWebText),
-each also `.gz`, `.zst` or `.xz`; `.parquet` and `.arrow` with a column "text", so also directories that the
-`datasets` library saved; `.bin` of nanoGPT's token ids. A file that is cut off or damaged is an error.
+Formats: `.txt` and `.raw` (plain text), `.jsonl` and `.ndjson` (an object with "text" a line) and `.tar` (the
+original OpenWebText), each also `.gz`, `.zst` or `.xz`; `.parquet` and `.arrow` with a column "text", so also
+directories that the `datasets` library saved; `.bin` of nanoGPT's token ids. A file that is cut off or damaged is an
+error.
 """
 
 from mdlm_interp.documents.blocks import (

@@ -26,7 +26,13 @@ class Kind:
 
 
 COMPRESSIONS: tuple[Compression, ...] = ("gz", "zst", "xz")
-STREAMS: dict[str, Format] = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".tar": "archive"}
+STREAMS: dict[str, Format] = {
+    ".txt": "text",
+    ".raw": "text",  # WikiText's wiki.valid.raw
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".tar": "archive",
+}
 KINDS: dict[str, Kind] = {
     **{suffix: Kind(format) for suffix, format in STREAMS.items()},
     ".parquet": Kind("parquet"),

@@ -106,8 +106,21 @@ def nelbo(
         predict: What gives the logits, if not the model itself: a replacement model, say.
         progress: Show a bar on a terminal.
     Raises:
-        DataError: If there is no step, or given marks everything or is of another shape.
+        DataError: If x_0 is empty or has masks, there is no step, time or row in a batch, or given marks everything
+            or is of another shape.
     """
+    for name, value in (("times_per_sequence", times_per_sequence), ("batch_size", batch_size)):
+        if value < 1:
+            raise DataError(f"{name} must be at least 1, got {value}")
+    if x_0.dim() != 2 or x_0.numel() == 0:
+        raise DataError(
+            f"x_0 must be [batch pos] and not empty, got {list(x_0.shape)}; add an axis for one text"
+        )
+    if bool((x_0 == model.config.mask_id).any()):
+        raise DataError(
+            f"x_0 must be clean text: token {model.config.mask_id} is the mask, which has no likelihood; score text "
+            f"without masks"
+        )
     if given is not None and (given.shape != x_0.shape or bool(given.all())):
         raise DataError(
             f"given must mark some positions of {list(x_0.shape)} and leave some to score, got {list(given.shape)}; "

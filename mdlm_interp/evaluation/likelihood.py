@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mdlm_interp.decoding.checks import check_choice
 from mdlm_interp.decoding.denoiser import as_denoiser, mask_id_of
 from mdlm_interp.decoding.draws import (
     MEASURES,
@@ -44,7 +45,7 @@ from mdlm_interp.decoding.draws import (
     as_uniforms,
     measure,
 )
-from mdlm_interp.decoding.orders import Order, highest, scores
+from mdlm_interp.decoding.orders import Order, OrderName, highest, scores
 from mdlm_interp.errors import DataError
 from mdlm_interp.randomness import random_bits
 from mdlm_interp.shapes import Bool, Float64, Int64
@@ -108,6 +109,7 @@ def order_likelihood(
             draws makes the likelihood infinite.
         progress: Show a bar on a terminal.
     Raises:
+        ConfigError: If there is no such order.
         DataError: If the order depends on what is drawn, leaves out a position, or an argument is out of range.
     """
     if order == "drawn_confidence":
@@ -115,6 +117,8 @@ def order_likelihood(
             "order 'drawn_confidence' looks at the tokens that are drawn, so a text has no chain of conditional "
             "probabilities under it; take 'confidence'"
         )
+    if isinstance(order, str):
+        check_choice("order", order, OrderName)
     if per_step < 1 or batch_size < 1:
         raise DataError(f"per_step and batch_size must be at least 1, got {per_step} and {batch_size}")
     mask = mask_id_of(model, mask_id)

@@ -74,7 +74,7 @@ def run(config: RunConfig) -> None:
     recipe = trainer.recipe
     sys.stdout.write(f"{recipe.summary()}\n")
     run_to_end(trainer, progress=True)
-    plot_losses(config.out / LOG, config.out / LOSS_CURVE, recipe.QUANTITY)
+    plot_losses(config.out / LOG, config.out / LOSS_CURVE, recipe.QUANTITY, averaged=config.ema_decay > 0)
     report = recipe.evaluate(trainer.average)
     finished = config.out / MODEL
     with replacing_directory(finished) as partial:

@@ -8,11 +8,12 @@ from pathlib import Path
 from mdlm_interp.atomic_files import replacing
 
 
-def plot_losses(log: Path, picture: Path, quantity: str) -> None:
+def plot_losses(log: Path, picture: Path, quantity: str, *, averaged: bool) -> None:
     """Draw the training loss and each curve of held-out figures over steps, from a log of JSON lines.
 
     Args:
         quantity: What is drawn, with its unit.
+        averaged: Whether the held-out figures are of averaged weights, and not of the last ones.
     """
     from matplotlib.figure import Figure
 
@@ -35,7 +36,7 @@ def plot_losses(log: Path, picture: Path, quantity: str) -> None:
             color=f"C{number}",
             marker="o",
             markersize=3,
-            label=f"held out, {form}, averaged weights",
+            label=f"held out, {form}, {'averaged' if averaged else 'last'} weights",
         )
     for entry in entries:
         if "ideal_loss_nats" in entry:

@@ -39,6 +39,14 @@ def test_temperature_is_a_power_and_zero_is_the_best():
     assert counted(Draw(temperature=0.0), ties) == [0, 1, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-320, 5e-324])
+def test_a_temperature_so_small_that_quotients_overflow_draws_the_best(temperature):
+    """Exact: equals are drawn alike, and others never."""
+    assert counted(Draw(temperature=temperature)) == [1, 0, 0, 0]
+    ties = torch.tensor([1e-30, 0.5, 0.5, 0.0], dtype=torch.float64)
+    assert counted(Draw(temperature=temperature), ties) == [0, 0.5, 0.5, 0]
+
+
 def test_top_k_keeps_the_k_best_and_ties_with_the_last():
     assert counted(Draw(top_k=2)) == pytest.approx([4 / 7, 0, 3 / 7, 0], abs=2 / N)
     ties = torch.tensor([0.4, 0.2, 0.2, 0.2], dtype=torch.float64)

@@ -82,6 +82,13 @@ def test_a_trajectory_is_written_and_never_over_another(capsys, tmp_path: Path):
         ),
         ({"top_p": 2.0}, r"top_p must be in \(0, 1\]"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"eta": 0.5}, "eta is the strength of ReMDM, got remask none; add --remask cap or"),
+        (
+            {"by": "random", "remask": "random", "eta": 0.1},
+            "eta is the strength of ReMDM, got remask random",
+        ),
+        ({"rewrite": "least_confident", "per_step": 0}, "per_step must be at least 1, got 0"),
+        ({"rewrite": "most_confident", "threshold": 0.5}, "most_confident rewrites whatever the confidence"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(given, message):

@@ -405,6 +405,11 @@ def test_models_of_transformers_are_taken_with_their_mask(small_config):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        (
+            {"sampler": Sampler(schedule=Fixed(), order=())},
+            "the order leaves out position 0, which is masked",
+        ),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*64\), got -1"),
         ({"indices": [1]}, "indices must number each of the 3 sequences, got 1; none for 0, 1"),
         (
@@ -417,7 +422,7 @@ def test_models_of_transformers_are_taken_with_their_mask(small_config):
         ),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(model, start, keywords, message):
+def test_what_cannot_be_sampled_is_refused(unchecked, model, start, keywords, message):
     with pytest.raises(DataError, match=message):
         sample(model, start, **keywords)
 

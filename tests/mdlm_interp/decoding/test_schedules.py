@@ -254,6 +254,26 @@ def test_taking_back_removes_the_least_sure_and_ends_without_masks(schedule, by)
         (lambda: ReMDM(grid=Ancestral(joint=True)), "leave joint off"),
         (lambda: TakeBack(per_step=0), "per_step must be at least 1, got 0; leave remasking off"),
         (lambda: Rewrite(steps=0), "steps must be at least 1, got 0"),
+        (
+            lambda: Rewrite(version="most_confident", threshold=0.5),
+            "most_confident rewrites whatever the confidence, got the threshold 0.5; leave it out",
+        ),
+        (lambda: Ancestral(noise="lin"), "noise: 'lin' is not a choice; did you mean 'linear'"),  # type: ignore[arg-type]
+        (lambda: Ancestral(finish="greedy"), "finish: 'greedy' is not a choice; known: 'draw', 'argmax'"),  # type: ignore[arg-type]
+        (lambda: Ancestral(steps=2.5), "steps must be a whole number, got 2.5"),  # type: ignore[arg-type]
+        (lambda: Even(rounding="floor"), "rounding: 'floor' is not a choice; known: 'up', 'down'"),  # type: ignore[arg-type]
+        (lambda: Fixed(per_step=2.0), "per_step must be a whole number, got 2.0"),  # type: ignore[arg-type]
+        (lambda: ReMDM(strategy="capp"), "strategy: 'capp' is not a choice; did you mean 'cap'"),  # type: ignore[arg-type]
+        (lambda: TakeBack(by="worst"), "by: 'worst' is not a choice; known: 'low_confidence'"),  # type: ignore[arg-type]
+        (lambda: Rewrite(version="most"), "version: 'most' is not a choice"),  # type: ignore[arg-type]
+        (lambda: Sampler(sigma="t"), "sigma: 't' is not a choice; known: 'share', 'time'"),  # type: ignore[arg-type]
+        (
+            lambda: Sampler(schedule=Fixed(), order="confidenc"),  # type: ignore[arg-type]
+            "order: 'confidenc' is not a choice; did you mean 'confidence'",
+        ),
+        (lambda: Sampler(schedule=Fixed(), order=[1, 0]), r"got a list; take tuple\(\[1, 0\]\)"),  # type: ignore[arg-type]
+        (lambda: Record(alternatives=-1), "alternatives must be at least 0, got -1"),
+        (lambda: Draw(top_k=2.5), "top_k must be a whole number, got 2.5"),  # type: ignore[arg-type]
         (lambda: Sampler(order="random"), "Ancestral chooses positions by itself, got the order 'random'"),
         (
             lambda: Sampler(schedule=Fixed(), take_back=TakeBack()),
@@ -267,6 +287,6 @@ def test_taking_back_removes_the_least_sure_and_ends_without_masks(schedule, by)
         (lambda: Draw(suppress=(3, -1)), "suppressed token ids must be at least 0, got -1"),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused(build, message):
+def test_a_setting_that_cannot_be_is_refused(unchecked, build, message):
     with pytest.raises(ConfigError, match=message):
         build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from mdlm_interp.documents import compression, read_documents, text
 from mdlm_interp.errors import DataError
 
 MARKER = "<|endoftext|>"
-FIRST_KINDS = "'.txt', '.jsonl', '.ndjson', '.tar', '.parquet', '.arrow', '.bin', '.txt.gz'"
+FIRST_KINDS = "'.txt', '.raw', '.jsonl', '.ndjson', '.tar', '.parquet', '.arrow', '.bin'"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,14 @@ def test_an_unknown_suffix_is_refused(write, refusal, name, expected):
     assert refusal(write(name, "text")) == expected
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize(("name", "pack"), [("wiki.valid.raw", bytes), ("wiki.valid.RAW.gz", gzip.compress)])
+def test_wikitext_is_read_under_its_own_names(write, texts, name, pack):
+    """As distributed, the three splits are wiki.train.raw, wiki.valid.raw and wiki.test.raw."""
+    path = write(name, pack(b" = One = \n\n Two two . \n"))
+    assert texts(path) == texts(write("same.txt", b" = One = \n\n Two two . \n")) != []
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.raw"])
 @pytest.mark.parametrize("before", [b"", b" " * 10, "é ".encode() * 700_000], ids=["first", "near", "far"])
 def test_a_byte_that_is_no_utf8_is_named_by_its_place_in_the_file(write, refusal, name, before):
     assert refusal(write(name, before + b"\xff")) == (

@@ -121,8 +121,9 @@ def test_a_directory_with_several_kinds_asks_for_one(here, write):
 def test_a_directory_without_a_known_file_is_refused(here, write):
     write("shards/README.md")
     kinds = (
-        ".txt, .jsonl, .ndjson, .tar, .parquet, .arrow, .bin, .txt.gz, .txt.zst, .txt.xz, .jsonl.gz, .jsonl.zst, "
-        ".jsonl.xz, .ndjson.gz, .ndjson.zst, .ndjson.xz, .tar.gz, .tar.zst, .tar.xz, .xz"
+        ".txt, .raw, .jsonl, .ndjson, .tar, .parquet, .arrow, .bin, .txt.gz, .txt.zst, .txt.xz, .raw.gz, .raw.zst, "
+        ".raw.xz, .jsonl.gz, .jsonl.zst, .jsonl.xz, .ndjson.gz, .ndjson.zst, .ndjson.xz, .tar.gz, .tar.zst, .tar.xz, "
+        ".xz"
     )
     assert refusal_of("shards") == f"shards holds no file of a known kind ({kinds})"
     write("shards/train/a.txt")

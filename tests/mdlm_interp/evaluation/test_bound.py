@@ -138,3 +138,25 @@ def test_each_estimate_names_its_estimator_and_pools_with_its_like_only(make_mod
         pooled([continuous, steps])
     with pytest.raises(DataError, match="n_steps must be at least 1, or none for continuous time; got 0"):
         nelbo(model, texts, n_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x_0": torch.zeros(0, 7, dtype=torch.int64)}, "x_0 must be [batch pos] and not empty, got [0, 7]"),
+        ({"x_0": torch.zeros(7, dtype=torch.int64)}, "not empty, got [7]; add an axis for one text"),
+        ({"times_per_sequence": 0}, "times_per_sequence must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_what_has_no_bound_is_refused(make_model, unchecked, arguments, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        nelbo(make_model(), **{"x_0": torch.zeros(2, 7, dtype=torch.int64), **arguments})
+
+
+def test_text_with_masks_has_no_bound(make_model):
+    """A mask has probability 0 as a clean token: the bound would be infinite."""
+    model = make_model()
+    text = torch.tensor([[0, model.config.mask_id, 1]])
+    with pytest.raises(DataError, match=f"token {model.config.mask_id} is the mask, which has no likelihood"):
+        nelbo(model, text)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mdlm_interp import HookedMDLM, MDLMConfig
 from mdlm_interp.decoding import DrawArithmetic, Fixed, Sampler, sample, start_tokens
-from mdlm_interp.errors import DataError
+from mdlm_interp.errors import ConfigError, DataError
 from mdlm_interp.evaluation import order_likelihood
 from oracle.decoding import exact_parts
 from tests.mdlm_interp.decoding.chain import MarkovChain, excess
@@ -155,6 +155,8 @@ def test_batches_change_rounding_only_and_the_error_is_that_of_the_mean(make_mod
         ({"given": torch.ones(1, 4, dtype=torch.bool)}, "leave some to score, got [1, 4]"),
     ],
 )
-def test_what_has_no_likelihood_is_refused(make_model, arguments, message):
+def test_what_has_no_likelihood_is_refused(make_model, unchecked, arguments, message):
     with pytest.raises(DataError, match=re.escape(message)):
         order_likelihood(make_model(TINY), **{"x_0": torch.tensor([[0, 2, 1, 1]]), **arguments})
+    with pytest.raises(ConfigError, match="order: 'lr' is not a choice; known: 'confidence'"):
+        order_likelihood(make_model(TINY), torch.tensor([[0, 2, 1, 1]]), "lr")  # type: ignore[arg-type]

@@ -113,7 +113,10 @@ def test_what_is_recorded_beside_a_model_has_no_directory_of_one_machine(learner
     assert isinstance(config, TrainLearnerConfig)
 
 
-def test_the_loss_curve_shows_what_is_in_the_log_under_the_recipes_name_for_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("averaged", "weights"), [(True, "averaged weights"), (False, "last weights")])
+def test_the_loss_curve_shows_what_is_in_the_log_under_the_recipes_name_for_it(
+    tmp_path, monkeypatch, averaged, weights
+):
     drawn: list[Figure] = []
     original = Figure.savefig
 
@@ -130,11 +133,11 @@ def test_the_loss_curve_shows_what_is_in_the_log_under_the_recipes_name_for_it(t
         {"step": 4, "form": "answers", "held_out_nats": 5.5},
     ]
     log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    plot_losses(log, tmp_path / "loss.png", "bits a byte")
+    plot_losses(log, tmp_path / "loss.png", "bits a byte", averaged=averaged)
     (axes,) = drawn[0].axes
     lines = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
     assert lines["training batches (mean between log lines)"] == [[2, 6.0], [4, 5.0]]
-    assert lines["held out, answers, averaged weights"] == [[4, 5.5]]
+    assert lines[f"held out, answers, {weights}"] == [[4, 5.5]]
     assert [y for _, y in lines["lzma's code length of the training text (no bound)"]] == [4.5, 4.5]
     assert axes.get_ylabel() == "bits a byte"
     assert (tmp_path / "loss.png").stat().st_size > 1000
