@@ -36,7 +36,7 @@ KINDS: dict[str, Kind] = {
 """By feature_type."""
 _FEATURE_ID = re.compile(r"(\d+)_(\d+)_(\d+)")
 EMBEDDING_LAYER = -1
-VIEW_SCRIPTS = ("tokens.js", "svg.js", "graph_model.js", "graph_drawing.js", "graph.js")
+VIEW_SCRIPTS = ("tokens.js", "svg.js", "graph_model.js", "graph_drawing.js", "graph_details.js", "graph.js")
 """The view of a graph; a page's own script follows them."""
 
 

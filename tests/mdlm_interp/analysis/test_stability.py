@@ -17,7 +17,7 @@ def history(model, trajectory, row, position):
     found = []
     for step in range(commit + 1):
         if int(trajectory.states[step, row, position]) == trajectory.mask_id:
-            logits = model(trajectory.states[step], sigma_at(trajectory, step))[row, position, :-1]
+            logits = model(trajectory.states[step], sigma_at(trajectory, step))[row, position, :-1].detach()
             found.append((step, sorted(range(len(logits)), key=lambda token: -float(logits[token]))))
     return found
 
