@@ -82,7 +82,8 @@ def test_training_text_captured_again_with_other_noise_is_not_held_out(model, tr
     evaluation = evaluate(model, trained, again)
     assert (evaluation.n_sequences, evaluation.n_excluded) == (5, 35)
     message = (
-        "held out: 5 sequences used; 35 of the store excluded, as the transcoder was trained on their text"
+        "held out: 5 sequences of 5 texts used; 35 of the store excluded, as the transcoder was trained on "
+        "their text"
     )
     assert held_out(evaluation) == message
     assert message in summary(evaluation)
@@ -233,7 +234,7 @@ def test_a_transcoder_without_that_record_is_not_called_held_out(model, trained,
         evaluate(model, loaded, store)
     given = evaluate(model, loaded, NoisedSequences.from_store(store, [0, 1]))
     assert given.n_excluded is None
-    assert held_out(given) == "2 sequences as given; whether training saw them was not looked at"
+    assert held_out(given) == "2 sequences of 2 texts as given; whether training saw them was not looked at"
 
 
 # Where the store comes from
