@@ -25,12 +25,17 @@ class RowPool:
         # A list's append and pop are atomic, so two threads may use it.
         self._free: list[dict[str, Tensor]] = []
 
-    def take(self, rows: int) -> tuple[dict[str, Tensor], Callable[[], None]]:
-        """Memory [row, ...] by hook with anything in it, and what to call when nobody needs it any more."""
+    def take(self, rows: int, room: int = 0) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """Memory [row, ...] by hook with anything in it, and what to call when nobody needs it any more.
+
+        Args:
+            room: Rows that a later batch may have: new memory has room for them, or it would be replaced by larger
+                and larger pieces, whose gaps the process keeps. Pages that nobody writes to cost nothing.
+        """
         try:
             memory = self._free.pop()
         except IndexError:
             memory = {}
         if any(len(acts) < rows for acts in memory.values()) or not memory:
-            memory = {hook: torch.empty((rows, *shape)) for hook, shape in self._shapes.items()}
+            memory = {hook: torch.empty((max(rows, room), *shape)) for hook, shape in self._shapes.items()}
         return {hook: acts[:rows] for hook, acts in memory.items()}, partial(self._free.append, memory)
