@@ -155,9 +155,9 @@ def test_a_slow_disk_holds_no_more_batches_in_memory_than_may_be_under_way(
     take, write, lent, most = RowPool.take, StoreWriter._write, set(), 0
     allowed = (passes + AHEAD if passes > 1 else 0) + 1 + WAITING_BATCHES + 1
 
-    def counting(self, rows):
+    def counting(self, rows, room=0):
         nonlocal most
-        acts, release = take(self, rows)
+        acts, release = take(self, rows, room)
         key = next(iter(acts.values())).data_ptr()
         lent.add(key)
         most = max(most, len(lent))

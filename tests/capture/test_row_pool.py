@@ -39,3 +39,13 @@ def test_a_longer_batch_gets_more_memory():
     longer, _ = pool.take(9)
     assert len(longer["b"]) == 9
     longer["b"].fill_(1)  # all of it is there
+
+
+def test_new_memory_has_room_for_a_larger_batch():
+    pool = RowPool(SHAPES)
+    first, release = pool.take(4, 9)
+    assert len(first["a"]) == 4
+    before = address(first)
+    release()
+    larger, _ = pool.take(9, 9)
+    assert address(larger) == before
