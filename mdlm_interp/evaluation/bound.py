@@ -109,23 +109,8 @@ def nelbo(
         DataError: If x_0 is empty or has masks, there is no step, time or row in a batch, or given marks everything
             or is of another shape.
     """
-    for name, value in (("times_per_sequence", times_per_sequence), ("batch_size", batch_size)):
-        if value < 1:
-            raise DataError(f"{name} must be at least 1, got {value}")
-    if x_0.dim() != 2 or x_0.numel() == 0:
-        raise DataError(
-            f"x_0 must be [batch pos] and not empty, got {list(x_0.shape)}; add an axis for one text"
-        )
-    if bool((x_0 == model.config.mask_id).any()):
-        raise DataError(
-            f"x_0 must be clean text: token {model.config.mask_id} is the mask, which has no likelihood; score text "
-            f"without masks"
-        )
-    if given is not None and (given.shape != x_0.shape or bool(given.all())):
-        raise DataError(
-            f"given must mark some positions of {list(x_0.shape)} and leave some to score, got {list(given.shape)}; "
-            f"leave it out to score all"
-        )
+    _check_numbers(times_per_sequence=times_per_sequence, batch_size=batch_size)
+    _check_text(x_0, given, model.config.mask_id)
     predict = predict or model
     schedule, mask_id = LogLinearSchedule(), model.config.mask_id
     rows = [row for row in range(x_0.shape[0]) for _ in range(times_per_sequence)]
@@ -173,6 +158,29 @@ def nelbo(
         times_per_sequence=times_per_sequence,
         n_given=0 if given is None else int(given.sum()),
     )
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise DataError(f"{name} must be at least 1, got {value}")
+
+
+def _check_text(x_0: Tensor, given: Tensor | None, mask_id: int) -> None:
+    if x_0.dim() != 2 or x_0.numel() == 0:
+        raise DataError(
+            f"x_0 must be [batch pos] and not empty, got {list(x_0.shape)}; add an axis for one text"
+        )
+    if bool((x_0 == mask_id).any()):
+        raise DataError(
+            f"x_0 must be clean text: token {mask_id} is the mask, which has no likelihood; score text "
+            f"without masks"
+        )
+    if given is not None and (given.shape != x_0.shape or bool(given.all())):
+        raise DataError(
+            f"given must mark some positions of {list(x_0.shape)} and leave some to score, got {list(given.shape)}; "
+            f"leave it out to score all"
+        )
 
 
 def moved_to_grid(t: Float64[Tensor, " draw"], n_steps: int) -> Float64[Tensor, " draw"]:
