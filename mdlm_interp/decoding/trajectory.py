@@ -22,6 +22,7 @@ from torch import Tensor
 from mdlm_interp.atomic_files import replacing, replacing_directory
 from mdlm_interp.decoding.draws import Measured
 from mdlm_interp.errors import DataError, nearest
+from mdlm_interp.saved_settings import read_settings
 from mdlm_interp.shapes import Bool, Float64, Int64
 
 FORMAT, VERSION = "mdlm-interp trajectory", 1
@@ -313,19 +314,7 @@ EXPECTED: dict[str, type] = {
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """The JSON file, checked key by key."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path.parent} has no {SETTINGS}; is it a trajectory?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); save it again") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise DataError(f"{path} is not the settings of a trajectory: its format is not {FORMAT!r}")
-    if found.get("version") != VERSION:
-        raise DataError(
-            f"{path} has version {found.get('version')!r}, this program reads {VERSION}; "
-            f"read it with the one that wrote it"
-        )
+    found = read_settings(path, form=FORMAT, version=VERSION, what="a trajectory")
     for key, kind in EXPECTED.items():
         if type(found.get(key)) is not kind:
             raise DataError(

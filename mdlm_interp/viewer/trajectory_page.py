@@ -67,7 +67,7 @@ def trajectory_page(
         body=static("trajectory.html"),
         data=data,
         styles=["trajectory.css"],
-        scripts=["trajectory_model.js", "trajectory_details.js", "trajectory.js"],
+        scripts=["tokens.js", "trajectory_model.js", "trajectory_details.js", "trajectory.js"],
         nav=nav,
     )
 

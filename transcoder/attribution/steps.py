@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mdlm_interp.analysis import sigma_at
 from mdlm_interp.decoding.trajectory import Trajectory
-from mdlm_interp.diffusion import LogLinearSchedule
 from mdlm_interp.errors import ConfigError, DataError
-from mdlm_interp.shapes import Float64, Int64
+from mdlm_interp.shapes import Int64
 from transcoder.attribution.building import attribute
 from transcoder.attribution.graph import Graph
 from transcoder.attribution.influence import influence
@@ -152,15 +152,6 @@ def written_by(trajectory: Trajectory, row: int) -> Int64[Tensor, "state pos"]:
     return found
 
 
-def sigma_of(trajectory: Trajectory, step: int, row: int) -> Float64[Tensor, " batch"]:
-    """What the sampler told the model in a step, for one sequence."""
-    if trajectory.sampler.get("sigma") == "time":
-        share = trajectory.t[step, row].double()
-    else:
-        share = (trajectory.states[step, row] == trajectory.mask_id).double().mean()
-    return LogLinearSchedule().sigma(share)[None]
-
-
 class _Explorer:
     """Commitments as they are found."""
 
@@ -188,7 +179,7 @@ class _Explorer:
                 f"step {step} wrote position {position} over token {int(state[position])}, and only masks are "
                 f"predicted; choose a position that was filled from a mask"
             )
-        sigma = sigma_of(trajectory, step, self._row)
+        sigma = sigma_at(trajectory, step)[self._row, None]
         graph = attribute(
             self._replacement,
             state[None].to(model.device),

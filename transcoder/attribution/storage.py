@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mdlm_interp.atomic_files import replacing, replacing_directory
 from mdlm_interp.errors import DataError
+from mdlm_interp.saved_settings import read_settings
 from transcoder.attribution.graph import Graph
 
 FORMAT, VERSION = "mdlm-interp attribution graph", 1
@@ -85,19 +86,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path.parent} has no {SETTINGS}; is it an attribution graph?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); save it again") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise DataError(f"{path} is not the settings of a graph: its format is not {FORMAT!r}")
-    if found.get("version") != VERSION:
-        raise DataError(
-            f"{path} has version {found.get('version')!r}, this program reads {VERSION}; read it with the "
-            f"one that wrote it"
-        )
+    found = read_settings(path, form=FORMAT, version=VERSION, what="an attribution graph")
     for name, kinds in {**PLAIN_FIELDS, "sha256": (str,)}.items():
         if name not in found or type(found[name]) not in kinds:
             wanted = " or ".join(kind.__name__ for kind in kinds)

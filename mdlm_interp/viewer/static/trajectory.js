@@ -113,7 +113,7 @@ function drawUnit(sequence, { positions, button, end }) {
   const masks = parts.filter((part) => part.mask).length;
   const lone = masks === parts.length;
   let nodes = ["\u00a0"];
-  if (!lone) nodes = view.group === "token" ? visibleText(all) : [all.trim() || "↵"];
+  if (!lone) nodes = view.group === "token" ? tokenNodes(all) : [all.trim() || "↵"];
   button.style.setProperty("--masks", lone ? masks : 1);
   if (view.colour === "order" && value !== null) {
     const step = Math.max(...positions.map((position) => sequence.written[view.frame][position]));

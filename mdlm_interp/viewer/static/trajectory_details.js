@@ -8,19 +8,6 @@ const STATE_WORDS = {
   back: "taken back in this step",
 };
 
-/** Text with its white space visible, as nodes. */
-function visibleText(text) {
-  const nodes = [];
-  for (const piece of text.split(/([ \n]+)/)) {
-    if (!piece) continue;
-    if (/[ \n]/.test(piece[0])) {
-      const signs = piece.replaceAll(" ", "·").replaceAll("\n", "↵");
-      nodes.push(element("span", { class: "sign", "aria-hidden": "true" }, signs));
-    } else nodes.push(piece);
-  }
-  return nodes;
-}
-
 /** Fill the panel; no positions: say how to choose one. */
 function showDetails(panel, sequence, frame, positions) {
   if (!positions) {
@@ -38,7 +25,7 @@ function describe(sequence, frame, position) {
   const state = sequence.state(frame, position);
   const step = sequence.stepOf(frame, position);
   const isMask = sequence.isMask(frame, position);
-  const shown = isMask ? ["mask"] : visibleText(sequence.run.tokens[token]);
+  const shown = isMask ? ["mask"] : tokenNodes(sequence.run.tokens[token]);
   const block = element(
     "div",
     { class: "position" },
@@ -78,7 +65,7 @@ function alternatives(sequence, step, position, written) {
     return element(
       "tr",
       { class: chosen ? "chosen" : null },
-      element("th", { scope: "row" }, ...visibleText(sequence.run.tokens[token]), chosen ? " ✓" : ""),
+      element("th", { scope: "row" }, ...tokenNodes(sequence.run.tokens[token]), chosen ? " ✓" : ""),
       element("td", { class: "number" }, percent(probability)),
       element("td", {}, bar),
     );

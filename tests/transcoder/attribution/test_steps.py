@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mdlm_interp.analysis import sigma_at
 from mdlm_interp.decoding import Ancestral, ReMDM, Rewrite, Sampler, sample
 from mdlm_interp.diffusion import LogLinearSchedule
 from mdlm_interp.errors import ConfigError, DataError
 from transcoder.attribution import CommitmentGraph, Targets, attribute, commitment_graph
 from transcoder.attribution.influence import influence
-from transcoder.attribution.steps import sigma_of, words, written_by
+from transcoder.attribution.steps import words, written_by
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_root_is_the_graph_of_the_token_in_the_state_before_its_step(exact, 
     assert root.token == int(trajectory.final[0, last])
     state = trajectory.states[root.step]
     expected = attribute(
-        exact, state, sigma_of(trajectory, root.step, 0), targets=Targets(tokens={last: [root.token]})
+        exact, state, sigma_at(trajectory, root.step)[:1], targets=Targets(tokens={last: [root.token]})
     )
     assert torch.equal(root.graph.edges, expected.edges)
     assert torch.equal(root.graph.input_ids, state[0])
@@ -116,7 +117,7 @@ def test_sigma_is_what_the_sampler_told_the_model(exact_model, state):
     schedule, seen = LogLinearSchedule(), []
 
     def model(ids, sigma):
-        seen.append(sigma.double())
+        seen.append(sigma)
         return exact_model(ids, sigma.double())
 
     start = torch.full_like(state, exact_model.config.mask_id)
@@ -126,8 +127,7 @@ def test_sigma_is_what_the_sampler_told_the_model(exact_model, state):
         trajectory = sample(model, start, sampler, seed=2, mask_id=exact_model.config.mask_id)
         assert len(seen) == trajectory.n_steps
         for step in range(trajectory.n_steps):
-            # The sampler's is float32.
-            torch.testing.assert_close(sigma_of(trajectory, step, 0), seen[step], rtol=1e-6, atol=0)
+            assert torch.equal(sigma_at(trajectory, step)[:1], seen[step])
     assert float(schedule.sigma(torch.tensor(0.5))) > 0
 
 
