@@ -27,7 +27,7 @@ def verify_files(store: ActivationStore, *, progress: Any = None) -> tuple[int, 
     Args:
         progress: Called with the number of rows of each shard that was found right.
     Returns:
-        (files, bytes) read.
+        (files, bytes) read, the manifest not counted.
     Raises:
         StoreError: If a file is missing or any of its bits differs.
     """
@@ -42,13 +42,13 @@ def verify_files(store: ActivationStore, *, progress: Any = None) -> tuple[int, 
     if store.complete:
         found = file_hashes(place)
         for path, expected in store.manifest.files.items():
-            if found.get(path) != expected:
+            if path not in found or found[path][0] != expected:
                 what = "differs from the manifest" if path in found else "is missing"
                 raise StoreError(f"{place.name}/{path} {what}; restore it from a copy or capture again")
         strange = [path for path in found if path not in store.manifest.files]
         if strange:
             raise StoreError(f"{place.name}/{strange[0]} is no file of this store; remove it")
-        files += len(found)
+        files, size = files + len(found), size + sum(count for _, count in found.values())
     return files, size
 
 

@@ -64,18 +64,24 @@ def finish(place: Place, layout: schema.Layout, *, world_size: int, rows: int) -
     _write_sequences(files, group, layout.length)
     _write_statistics(files, group, layout)
     place.sync()
-    whole = replace(whole, complete=True, planned_rows=rows, files=file_hashes(place))
+    whole = replace(
+        whole,
+        complete=True,
+        planned_rows=rows,
+        files={path: sha256 for path, (sha256, _) in file_hashes(place).items()},
+    )
     place.replace(MANIFEST, manifests.to_bytes(whole))
     clean(place)
     return True
 
 
-def file_hashes(place: Place) -> dict[str, str]:
-    """SHA-256 of every file of a complete store but shards and manifests, by path."""
+def file_hashes(place: Place) -> dict[str, tuple[str, int]]:
+    """SHA-256 and bytes of every file of a complete store but shards and manifests, by path."""
     kept = [path for path in place.files() if not _temporary(path) and not _is_shard(path)]
 
-    def digest(path: str) -> str:
-        return hashlib.sha256(place.read(path) or b"").hexdigest()
+    def digest(path: str) -> tuple[str, int]:
+        content = place.read(path) or b""
+        return hashlib.sha256(content).hexdigest(), len(content)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return dict(zip(kept, pool.map(digest, kept), strict=True))
