@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,10 @@ from capture import manifest as manifests
 from capture import schema
 from capture.manifest import Manifest
 from capture.places import Place
-from capture.store_files import read_manifest
+from capture.store_files import StoreFiles, read_manifest
 from mdlm_interp.errors import OutputExistsError, StoreError
 
-SAME_STACK = ("device", "threads", "cpu", "versions.torch", "versions.numpy")
+SAME_STACK = ("device", "threads", "cpu", "versions.torch", "versions.numpy", "native_bits")
 """Of the provenance: what changes the rounding of native activations."""
 SAME_ALWAYS = ("weights_sha256", "tokenizer_sha256", "sources", "schedule")
 
@@ -31,10 +32,16 @@ def begin(
 
     Raises:
         OutputExistsError: If something else is there, or a store that another request began.
+        StoreError: If its metadata is damaged, or other processes began it.
     """
     if not place.exists():
         with place.create(f"rank-{rank}") as made:
             _make(made, layout, attributes, planned_rows, world_size)
+    return begun(place, attributes, rank, world_size)
+
+
+def begun(place: Place, attributes: Mapping[str, Any], rank: int, world_size: int) -> Manifest:
+    """The same of a place where something is; writes nothing."""
     names = place.names()
     if "zarr.json" not in names or not any(name.startswith("manifest.") for name in names):
         raise OutputExistsError(
@@ -47,17 +54,22 @@ def begin(
         )
     manifests.check_version(header.get("schema_version"), f"{place.name}/zarr.json")
     whole = read_manifest(place)
+    header = StoreFiles(place, whole).metadata()["attributes"]
     refuse_another(place.name, header, attributes, complete=whole.complete)
     if whole.complete:
         return whole
     own = place.read(manifests.rank_manifest(rank, world_size))
-    if own is None:
-        begun = manifests.world_size_of(names) or 1
-        raise StoreError(
-            f"{place.name} was begun by {begun} process{'es' if begun > 1 else ''} and is not complete; go on with "
-            f"--world-size {begun}, got {world_size}"
-        )
-    return manifests.from_bytes(own, f"{place.name}/{manifests.rank_manifest(rank, world_size)}")
+    if own is not None:
+        return manifests.from_bytes(own, f"{place.name}/{manifests.rank_manifest(rank, world_size)}")
+    # The last of the ranks may have completed the store meanwhile.
+    whole = read_manifest(place)
+    if whole.complete:
+        return whole
+    before = manifests.world_size_of(names) or 1
+    raise StoreError(
+        f"{place.name} was begun by {before} process{'es' if before > 1 else ''} and is not complete; go on with "
+        f"--world-size {before}, got {world_size}"
+    )
 
 
 def _make(
@@ -71,7 +83,13 @@ def _make(
     }
     group = zarr.create_group(place.zarr_store(), attributes={**header, **attributes})
     schema.create_row_arrays(group, layout, planned_rows)
-    empty = Manifest(length=layout.length, shard_rows=layout.shard_rows, planned_rows=planned_rows)
+    root = place.read("zarr.json") or b""
+    empty = Manifest(
+        length=layout.length,
+        shard_rows=layout.shard_rows,
+        planned_rows=planned_rows,
+        files={"zarr.json": hashlib.sha256(root).hexdigest()},
+    )
     for rank in range(world_size):
         place.replace(manifests.rank_manifest(rank, world_size), manifests.to_bytes(empty))
 
@@ -93,16 +111,25 @@ def refuse_another(
     if asked["arithmetic"] == "native" and not complete:
         for key in SAME_STACK:
             if item(before, key) != item(now, key):
-                remedy = "go on with that one, or the rows would differ in rounding"
-                if key == "threads":
-                    remedy += f"; OMP_NUM_THREADS={item(before, key)} and --forwards 1 give it anywhere"
-                raise _another(name, key, item(before, key), item(now, key), remedy)
+                raise _another(name, key, item(before, key), item(now, key), _remedy(key, item(before, key)))
 
 
 def item(record: Mapping[str, Any], key: str) -> Any:
     """A value of a nested record by its dotted name."""
     top, _, rest = key.partition(".")
     return item(record[top], rest) if rest else record.get(top)
+
+
+def _remedy(key: str, before: Any) -> str:
+    if key == "native_bits":
+        return (
+            "this machine rounds otherwise, by its processor or by settings such as MKL_CBWR; go on where it was "
+            "begun, or choose another --out"
+        )
+    remedy = "go on with that one, or the rows would differ in rounding"
+    if key == "threads":
+        remedy += f"; OMP_NUM_THREADS={before} and --forwards 1 give it anywhere"
+    return remedy
 
 
 def _another(name: str, key: str, before: Any, now: Any, remedy: str) -> OutputExistsError:

@@ -1,4 +1,4 @@
-"""Every byte of a store against its checksums and its manifest."""
+"""The files of a store against their checksums and the manifest."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import numpy as np
 
 from capture import schema
 from capture.finish import file_hashes
-from capture.manifest import Shard
+from capture.manifest import Manifest, Shard
+from capture.metadata import check_arrays
+from capture.open_files import REMEDY
 from capture.places import Place
 from capture.reader import ActivationStore
 from capture.shards import CRC_BYTES, ShardShape, index_bytes, shard_digest
+from capture.store_files import StoreFiles
 from mdlm_interp.errors import StoreError
 
 READERS = 4
@@ -22,7 +25,9 @@ READERS = 4
 
 
 def verify_files(store: ActivationStore, *, progress: Any = None) -> tuple[int, int]:
-    """Read every file of a store and compare it with the manifest.
+    """Read the files of a store and compare them with the manifest.
+
+    Of an incomplete store these are the files that are committed, and the metadata.
 
     Args:
         progress: Called with the number of rows of each shard that was found right.
@@ -31,40 +36,49 @@ def verify_files(store: ActivationStore, *, progress: Any = None) -> tuple[int, 
     Raises:
         StoreError: If a file is missing or any of its bits differs.
     """
-    place, layout = store.place, layout_of(store)
+    place, layout = store.place, store.layout
     files = size = 0
     with ThreadPoolExecutor(READERS) as pool:
-        checked = pool.map(lambda shard: _verify_shard(place, layout, shard), store.manifest.shards)
+        checked = pool.map(lambda shard: _verify_shard(store, layout, shard), store.manifest.shards)
         for (count, total), shard in zip(checked, store.manifest.shards, strict=True):
             files, size = files + count, size + total
             if progress is not None:
                 progress(shard.rows[1] - shard.rows[0])
-    if store.complete:
-        found = file_hashes(place)
-        for path, expected in store.manifest.files.items():
-            if path not in found or found[path][0] != expected:
-                what = "differs from the manifest" if path in found else "is missing"
-                raise StoreError(f"{place.name}/{path} {what}; restore it from a copy or capture again")
-        strange = [path for path in found if path not in store.manifest.files]
-        if strange:
-            raise StoreError(f"{place.name}/{strange[0]} is no file of this store; remove it")
-        files, size = files + len(found), size + sum(count for _, count in found.values())
+    if not store.complete:
+        count, total = check_begun(place, store.manifest, layout)
+        return files + count, size + total
+    found = file_hashes(place)
+    for path, expected in store.manifest.files.items():
+        if path not in found or found[path][0] != expected:
+            what = "differs from the manifest" if path in found else "is missing"
+            raise StoreError(f"{place.name}/{path} {what}; {REMEDY}")
+    strange = [path for path in found if path not in store.manifest.files]
+    if strange:
+        raise StoreError(f"{place.name}/{strange[0]} is no file of this store; remove it")
+    files, size = files + len(found), size + sum(count for _, count in found.values())
     return files, size
 
 
-def layout_of(store: ActivationStore) -> schema.Layout:
-    """The sizes of a store."""
-    return schema.Layout(
-        shapes={hook: store.row_shape(hook) for hook in store.hooks},
-        length=store.length,
-        dtype=store.dtype,
-        shard_rows=store.manifest.shard_rows,
-        sampled=store.sampled,
-    )
+def check_begun(place: Place, manifest: Manifest, layout: schema.Layout) -> tuple[int, int]:
+    """Compare what the end of a capture needs of its beginning, but for the shards themselves.
+
+    Args:
+        manifest: Of all ranks, or of one for its share.
+    Returns:
+        (files, bytes) read.
+    Raises:
+        StoreError: If the metadata or a pending file is missing or damaged.
+    """
+    files = StoreFiles(place, manifest)
+    files.metadata()
+    count, size = check_arrays(place, layout, max(1, manifest.committed_rows))
+    root = place.read("zarr.json") or b""
+    pending = [len(files.pending_content(shard)) for shard in manifest.shards]
+    return count + 1 + len(pending), size + len(root) + sum(pending)
 
 
-def _verify_shard(place: Place, layout: schema.Layout, shard: Shard) -> tuple[int, int]:
-    number = shard.rows[0] // layout.shard_rows
+def _verify_shard(store: ActivationStore, layout: schema.Layout, shard: Shard) -> tuple[int, int]:
+    place, number = store.place, shard.rows[0] // layout.shard_rows
     checksums: dict[str, Sequence[int]] = {}
     size = 0
     for hook, row in layout.shapes.items():
@@ -113,9 +127,9 @@ def _checked(place: Place, path: str, chunk: memoryview, which: str) -> int:
 def _content(place: Place, path: str) -> bytes:
     content = place.read(path)
     if content is None:
-        raise StoreError(f"{place.name}/{path} is missing; restore it from a copy or capture again")
+        raise StoreError(f"{place.name}/{path} is missing; {REMEDY}")
     return content
 
 
 def _damaged(place: Place, path: str, reason: str) -> StoreError:
-    return StoreError(f"{place.name}/{path} is damaged ({reason}); restore it from a copy or capture again")
+    return StoreError(f"{place.name}/{path} is damaged ({reason}); {REMEDY}")

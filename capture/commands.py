@@ -11,7 +11,8 @@ from time import perf_counter
 from tqdm import tqdm
 
 from capture.config import CaptureConfig
-from capture.describe import bytes_text, described, hook_lines, strata, summary
+from capture.describe import described, hook_lines, strata, summary
+from capture.forecast import bytes_text
 from capture.reader import open_store
 from mdlm_interp.config_args import parse_args
 from mdlm_interp.errors import ConfigError, StoreError, WriteError
@@ -124,28 +125,23 @@ def info(argv: Sequence[str]) -> int:
 
 def verify(argv: Sequence[str]) -> int:
     """Check a store; the first thing that is wrong is the error."""
-    from capture.checked_files import verify_files
     from capture.convert.exported import ExportedStore
     from capture.recomputed import BOUND, verify_rows
+    from capture.verify import verify_bytes
 
     config = parse_args(VerifyConfig, argv, prog="mdlm-interp capture verify", positional=("store",))
     store = open_store(config.store, endpoint=config.endpoint)
-    total = store.manifest.committed_rows
-    quiet = not sys.stderr.isatty()
     exported = isinstance(store, ExportedStore)
     with tqdm(
-        total=store.bytes_on_disk if exported else total,
+        total=store.bytes_on_disk if exported else store.manifest.committed_rows,
         unit="B" if exported else "row",
         unit_scale=True,
-        disable=quiet,
+        disable=not sys.stderr.isatty(),
     ) as bar:
-        files, size = (
-            store.verify(bar.update)
-            if isinstance(store, ExportedStore)
-            else verify_files(store, progress=bar.update)
-        )
+        files, size = verify_bytes(store, progress=bar.update)
     print(summary(store))
-    print(f"every byte matches its checksum: {files:,} files, {bytes_text(size)}")
+    what = "every byte" if store.complete else "every byte that is committed"
+    print(f"{what} matches its checksum: {files:,} files, {bytes_text(size)}")
     if exported:
         print(
             "an export is checked for its bytes only; verify the store that it was made from to recompute rows"

@@ -80,6 +80,8 @@ class CaptureConfig:
             self._check_sampler()
         elif not self.files:
             raise ConfigError("files must name at least one text file")
+        if not str(self.out):
+            raise ConfigError("out must name a directory or a URL, got ''; give one with --out")
         if not self.hooks:
             raise ConfigError("hooks must name at least one hook point")
         for name in (
@@ -152,7 +154,8 @@ class CaptureConfig:
     def _needs(self, choice: str, value: str, companion: str) -> None:
         chosen, given = getattr(self, choice) == value, getattr(self, companion) is not None
         if chosen and not given:
-            raise ConfigError(f"{choice} {value} needs {companion}, a whole number")
+            option = companion.replace("_", "-")
+            raise ConfigError(f"{choice} {value} needs {companion}, a whole number, such as --{option} 8")
         if given and not chosen:
             raise ConfigError(f"{companion} has no effect with {choice} {getattr(self, choice)!r}")
 

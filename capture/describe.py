@@ -10,17 +10,24 @@ from capture.schema import T_BINS
 
 BAR_WIDTH = 30
 
-__all__ = ["bytes_text", "described", "hook_lines", "strata", "summary"]
-
 
 def summary(store: ActivationStore) -> str:
     """One line: rows, hooks, size, and whether anything is missing."""
     state = "complete" if store.complete else f"INCOMPLETE, about {store.planned_rows:,} rows were planned"
     lossy = "" if store.dtype == "float32" else f" in {store.dtype} (lossy)"
+    hooks = f"{len(store.hooks)} hook{'s' if len(store.hooks) != 1 else ''}"
     return (
-        f"{store.name}: {len(store):,} rows ({store.positions} positions of {store.n_sequences:,} sequences of up "
-        f"to {store.length} tokens), {len(store.hooks)} hooks{lossy}, {bytes_text(store.bytes_on_disk)}, {state}"
+        f"{store.name}: {len(store):,} rows ({_positions(store)} of {store.n_sequences:,} sequences of up "
+        f"to {store.length} tokens), {hooks}{lossy}, {bytes_text(store.bytes_on_disk)}, {state}"
     )
+
+
+def _positions(store: ActivationStore) -> str:
+    every, some = store.config.get("every"), store.config.get("per_sequence")
+    if store.positions == "every" and every:
+        return f"positions 0, {every}, {2 * every} ..."
+    number = f"{some} " if store.positions == "random" and some else ""
+    return f"{number}{store.positions} positions"
 
 
 def strata(store: ActivationStore) -> list[str]:

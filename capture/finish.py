@@ -11,7 +11,6 @@ Each step can be done again from the start, so a kill between them loses nothing
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,6 @@ from capture import schema
 from capture.manifest import MANIFEST
 from capture.metadata import set_rows
 from capture.places import LOCK, Place
-from capture.statistics import RunningMoments
 from capture.store_files import StoreFiles, read_manifest
 from mdlm_interp.errors import StoreError
 
@@ -97,11 +95,6 @@ def _temporary(path: str) -> bool:
     return top == schema.PENDING or top.startswith(("manifest.", DONE + ".")) or path.endswith(LOCK)
 
 
-def _pending(files: StoreFiles, names: Sequence[str]) -> Iterator[Mapping[str, NDArray[Any]]]:
-    """Those of these arrays that each shard has, in order of the shards."""
-    return (files.pending(shard, names) for shard in files.committed())
-
-
 def _write_sequences(files: StoreFiles, group: zarr.Group, length: int) -> None:
     total = files.manifest.n_sequences
     arrays = {
@@ -110,7 +103,9 @@ def _write_sequences(files: StoreFiles, group: zarr.Group, length: int) -> None:
     start = 0
     waiting: dict[str, list[NDArray[Any]]] = {name: [] for name in arrays}
     held = 0
-    for tensors in _pending(files, [f"seqs/{name}" for name in arrays]):
+    names = [f"seqs/{name}" for name in arrays]
+    for shard in files.committed():
+        tensors = files.pending(shard, names)
         if tensors:
             held += len(tensors["seqs/row"])
             for name, values in waiting.items():
@@ -130,14 +125,7 @@ def _write_sequences(files: StoreFiles, group: zarr.Group, length: int) -> None:
 
 
 def _write_statistics(files: StoreFiles, group: zarr.Group, layout: schema.Layout) -> None:
-    moments = {hook: RunningMoments(shape) for hook, shape in layout.shapes.items()}
-    parts = [f"stats/{hook}/{part}" for hook in moments for part in ("count", "total", "square")]
-    for tensors in _pending(files, parts):
-        for hook, running in moments.items():
-            later = RunningMoments(layout.shapes[hook])
-            for part in ("count", "total", "square"):
-                setattr(later, part, tensors[f"stats/{hook}/{part}"])
-            running.merge(later)
+    moments = files.moments(layout.shapes)
 
     def write(hook: str) -> None:
         schema.create_statistics(group, hook, moments[hook].arrays())

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
+from statistics import fmean
 from time import perf_counter
 
 from capture import schema
@@ -26,6 +27,8 @@ DISK_MARGIN = 0.98
 """Share of the free space that a capture may take."""
 REMEDY_MARGIN = 0.9
 """Share of it that the number of rows which is proposed takes."""
+MANY_SHARDS = 10_000
+"""More make each commit slow, since it writes the manifest of them all: 2.9 MB of this many."""
 METADATA_BYTES = 1024
 """Of the zarr.json of an array, about."""
 PENDING_ENTRY_BYTES = 128
@@ -46,7 +49,21 @@ class Forecast:
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f", about {duration(self.seconds / 3600)}"
-        return f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}{took}"
+        return f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}{took}{self._advice}"
+
+    @property
+    def _advice(self) -> str:
+        """What would make a store of very many shards cheaper to write."""
+        given = self.layout.shard_rows
+        shards = ceil(self.rows / given)
+        if shards <= MANY_SHARDS:
+            return ""
+        chunks = ceil(self.rows / MANY_SHARDS / schema.CHUNK_ROWS)
+        wanted = chunks * schema.CHUNK_ROWS
+        return (
+            f"; {shards:,} shards of --shard-rows {given} make commits slow: a store made with --shard-rows {wanted} "
+            f"has {ceil(self.rows / wanted):,}"
+        )
 
 
 def forecast_capture(config: CaptureConfig, *, timed: bool = False) -> Forecast:
@@ -83,10 +100,11 @@ def forecast(config: CaptureConfig, tokenizer: Tokenizer, layout: schema.Layout)
     assert config.length is not None
     n_times = len(config.time) if config.times == "fixed" else 1
     if config.sampler is not None:
-        sequences = config.sampler.n * expected_steps(config)
+        sequences, lengths = config.sampler.n * expected_steps(config), [config.length]
     else:
-        sequences = ceil(_expected_blocks(config, tokenizer)) * n_times
-    rows_each = config.length * expected_share(config)
+        blocks, lengths = _expected_blocks(config, tokenizer)
+        sequences = ceil(blocks) * n_times
+    rows_each = fmean(length * expected_share(config, length) for length in lengths)
     if config.max_sequences is not None:
         sequences = min(sequences, config.max_sequences)
     if config.max_rows is not None:
@@ -127,20 +145,21 @@ def pending_bytes(layout: schema.Layout, rows: int, sequences: int) -> int:
     return sequences * layout.sequence_bytes + shards * each
 
 
-def _expected_blocks(config: CaptureConfig, tokenizer: Tokenizer) -> float:
-    """Blocks of all the text, from the tokens in its first documents and its size."""
+def _expected_blocks(config: CaptureConfig, tokenizer: Tokenizer) -> tuple[float, list[int]]:
+    """Blocks of all the text, from the tokens in its first documents and its size; and lengths like theirs."""
     assert config.length is not None
     sample = list(islice(read_documents(config.files, tokenizer), SAMPLE_DOCUMENTS))
     texts = [document.text for document in sample if document.ids is None]
-    coded = [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]
-    given = [len(document.ids) + 1 for document in sample if document.ids is not None]
+    coded = [len(ids) for ids in tokenizer.encode_batch(texts)]
+    counts = [*coded, *(len(document.ids) for document in sample if document.ids is not None)]
     size = text_bytes(config.files)
-    each_byte = sum(coded) / max(1, sum(len(text.encode()) for text in texts))
+    each_byte = (sum(coded) + len(coded)) / max(1, sum(len(text.encode()) for text in texts))
     tokens = size.bytes * each_byte + size.tokens
+    around = 2 if config.wrap else 0
     if config.pack == "documents":
-        return tokens * len(sample) / max(1, sum(coded) + sum(given))
-    inner = config.length - 2 if config.wrap else config.length
-    return tokens / inner
+        lengths = [min(count + around, config.length) for count in counts if count]
+        return tokens * len(lengths) / max(1, sum(counts) + len(counts)), lengths or [config.length]
+    return tokens / (config.length - around), [config.length]
 
 
 def refuse_full_disk(place: Place, expected: Forecast, committed_rows: int) -> None:

@@ -6,7 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import zarr
+from zarr.storage import MemoryStore
+
 from capture import schema
+from capture.open_files import REMEDY
 from capture.places import Place
 from mdlm_interp.errors import StoreError
 
@@ -34,12 +38,53 @@ def set_rows(place: Place, layout: schema.Layout, rows: int) -> None:
             _reshape(place, path, metadata, rows)
 
 
+def check_arrays(place: Place, layout: schema.Layout, rows: int) -> tuple[int, int]:
+    """Compare the metadata of an incomplete store's arrays with what they were when they were made.
+
+    Args:
+        rows: Of every array at least.
+    Returns:
+        (files, bytes) compared.
+    Raises:
+        StoreError: If a file is missing or says anything else.
+    """
+    made: dict[str, Any] = {}
+    schema.create_row_arrays(zarr.create_group(MemoryStore(made)), layout, rows)
+    del made["zarr.json"]
+    size = 0
+    for path, buffer in made.items():
+        content = place.read(path)
+        if content is None:
+            raise StoreError(f"{place.name}/{path} is missing; {REMEDY}")
+        expected, found = json.loads(buffer.to_bytes()), _parsed(place, path, content)
+        if "shape" in expected:
+            given = found.get("shape")
+            if isinstance(given, list) and given and type(given[0]) is int and given[0] > rows:
+                expected["shape"][0] = given[0]
+        if found != expected:
+            wrong = next(key for key in {**expected, **found} if found.get(key) != expected.get(key))
+            raise StoreError(
+                f"{place.name}/{path} is damaged (another {wrong} than it was made with); {REMEDY}"
+            )
+        size += len(content)
+    return len(made), size
+
+
 def _metadata(place: Place, path: str) -> dict[str, Any]:
     content = place.read(f"{path}/zarr.json")
     if content is None:
-        raise StoreError(f"{place.name}/{path}/zarr.json is missing; restore it from a copy")
-    metadata: dict[str, Any] = json.loads(content)
-    return metadata
+        raise StoreError(f"{place.name}/{path}/zarr.json is missing; {REMEDY}")
+    return _parsed(place, f"{path}/zarr.json", content)
+
+
+def _parsed(place: Place, path: str, content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{place.name}/{path} is damaged ({error}); {REMEDY}") from None
+    if not isinstance(found, dict):
+        raise StoreError(f"{place.name}/{path} is damaged (no JSON object); {REMEDY}")
+    return found
 
 
 def _reshape(place: Place, path: str, metadata: dict[str, Any], rows: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,11 @@ from numpy.typing import NDArray
 from mdlm_interp.errors import StoreError
 
 REMEDY = "restore it from a copy or capture again"
+FULL_REMEDIES = {
+    errno.EMFILE: "raise `ulimit -n`, or close other stores",
+    errno.ENFILE: "close other stores or programs: the whole system has too many open",
+}
+"""What to do where the error says nothing of the file itself."""
 ADVICE_BYTES = 128 * 1024
 """What the kernel surely fetches for one request; of a longer one it may drop the rest."""
 MOST_FILES = 4096
@@ -34,6 +40,11 @@ class FileState:
     """By chunk: whether its checksum was found right."""
 
 
+def remedy_for(error: OSError) -> str:
+    """What to do about a file of a store that cannot be opened or read."""
+    return FULL_REMEDIES.get(error.errno or 0, REMEDY)
+
+
 class OpenFile:
     """A file open for reading; closed when nobody uses it any more, so that no thread's read loses it."""
 
@@ -47,7 +58,7 @@ class OpenFile:
         except FileNotFoundError:
             raise StoreError(f"{path} is missing; {REMEDY}") from None
         except OSError as error:
-            raise StoreError(f"{path} cannot be opened ({error.strerror}); {REMEDY}") from None
+            raise StoreError(f"{path} cannot be opened ({error.strerror}); {remedy_for(error)}") from None
         self.state: FileState
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -61,7 +61,8 @@ class Place(Protocol):
         If another process was faster, its files stay and these are dropped.
 
         Args:
-            tag: Tells apart the processes that may do this at the same time.
+            tag: Tells apart the ranks, which may do this at the same time; two processes that give the same one
+                never work on the same files.
         """
         ...
 
@@ -135,23 +136,31 @@ class Directory:
 
     @contextmanager
     def create(self, tag: str) -> Iterator[Directory]:
-        """Make the store beside its path and rename it, so that it is never seen half made."""
+        """Make the store beside its path and rename it, so that it is never seen half made.
+
+        What a killed process left there is made anew; a process of the same tag that lives is waited for.
+        """
         root = self.root.resolve()
         made = root.with_name(f"{PREFIX}{root.name}.{tag}")
+        lock = made.with_name(made.name + LOCK)
         with write_errors(root.parent):
-            try:
-                shutil.rmtree(made, ignore_errors=True)
-                made.mkdir(parents=True)
-                yield Directory(made)
-                sync_tree(made)
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(lock, self.name, wait=True):
                 try:
-                    os.replace(made, root)
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
-                sync(root.parent)
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
+                    shutil.rmtree(made, ignore_errors=True)
+                    made.mkdir()
+                    yield Directory(made)
+                    sync_tree(made)
+                    try:
+                        os.replace(made, root)
+                    except OSError as error:
+                        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                            raise
+                    sync(root.parent)
+                finally:
+                    shutil.rmtree(made, ignore_errors=True)
+                    with suppress(OSError):
+                        lock.unlink()
 
     def zarr_store(self) -> Store:
         """Zarr's own store over the directory."""
@@ -227,18 +236,8 @@ class Directory:
     @contextmanager
     def lock(self, name: str, *, wait: bool = False) -> Iterator[None]:
         """A lock of the operating system, which ends with the process however that dies."""
-        with write_errors(self.root):
-            descriptor = os.open(self.root / (name + LOCK), os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise StoreError(
-                    f"{self.name} is being written by another process; wait for it, or stop it first"
-                ) from None
+        with _locked(self.root / (name + LOCK), self.name, wait=wait):
             yield
-        finally:
-            os.close(descriptor)
 
     def free_bytes(self) -> int | None:
         """Room on the disk that holds the directory, or will."""
@@ -246,6 +245,40 @@ class Directory:
         while not place.exists():
             place = place.parent
         return shutil.disk_usage(place).free
+
+
+@contextmanager
+def _locked(path: Path, name: str, *, wait: bool) -> Iterator[None]:
+    """Hold the lock of a file, which is made if there is none; its holder may remove it.
+
+    Args:
+        name: What messages call what it guards.
+    Raises:
+        StoreError: If another process holds it, unless told to wait.
+    """
+    while True:
+        with write_errors(path.parent):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise StoreError(
+                    f"{name} is being written by another process; wait for it, or stop it first"
+                ) from None
+            if _is_at(descriptor, path):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name: who locks one that was removed shuts nobody out."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _parallel(function: Callable[[Path], None], items: Iterable[Path]) -> None:

@@ -233,9 +233,8 @@ def recorded_positions(
     return everything
 
 
-def expected_share(config: CaptureConfig) -> float:
-    """Rows for each token that the model reads, on average."""
-    length = config.length or 1
+def expected_share(config: CaptureConfig, length: int) -> float:
+    """Rows for each token that the model reads, on average over sequences of that length."""
     if config.positions in ("masked", "unmasked"):
         # Times other than the fixed ones are uniform over (0, 1).
         times = torch.tensor(config.time if config.times == "fixed" else [0.5], dtype=torch.float64)

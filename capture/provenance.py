@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from capture.config import CaptureConfig
+from capture.native import native_bits
 from capture.sources import Sources
 from mdlm_interp import __version__
 from mdlm_interp.checkpoints import weights_sha256
@@ -44,7 +45,7 @@ def provenance(
         # Native rounding differs between batch shapes, thread counts and instruction sets; nothing else does.
         "arithmetic": config.arithmetic,
         "batch_shape": [config.batch_size if config.pack == "blocks" else 1, config.length],
-        **stack_record(model, threads),
+        **stack_record(model, config, threads),
     }
 
 
@@ -57,8 +58,10 @@ def model_record(directory: Path, model: HookedMDLM, tokenizer: Tokenizer) -> di
     }
 
 
-def stack_record(model: HookedMDLM, threads: int) -> dict[str, Any]:
-    """What a forward pass on that many threads runs on."""
+def stack_record(model: HookedMDLM, config: CaptureConfig, threads: int) -> dict[str, Any]:
+    """What a forward pass of a resolved config on that many threads runs on."""
+    assert config.length is not None
+    native = config.arithmetic == "native"
     return {
         "device": device_name(next(model.parameters()).device),
         "threads": threads,
@@ -71,6 +74,7 @@ def stack_record(model: HookedMDLM, threads: int) -> dict[str, Any]:
             "zarr": version("zarr"),
             "tokenizers": version("tokenizers"),
         },
+        "native_bits": native_bits(model, config.length, threads) if native else None,
     }
 
 

@@ -8,7 +8,7 @@ whose checksum does not match, or a file that is gone, is an error that names th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,15 @@ def open_store(path: str | Path, *, endpoint: str | None = None) -> ActivationSt
 class ActivationStore(StoreHeader):
     """Activations of a model over noised text, one row a token; `open_store` makes it.
 
-    Several threads may use it at a time, and processes forked from this one.
+    Several threads may use it at a time, and of a store in a local directory processes forked from this one; see
+    `remote.py` for object stores.
     """
 
     def __init__(self, place: Place, files: StoreFiles | None = None) -> None:
         super().__init__(place, files)
         self._acts_by_hook: dict[str, RowArray] = {}
+        self._moments: Mapping[str, RunningMoments] | None = None
+        """Of an incomplete store, once somebody asked for statistics."""
         self._numbers = RowNumbers(len(self), self.planned_rows, complete=self.complete)
 
     @property
@@ -139,8 +142,10 @@ class ActivationStore(StoreHeader):
                 array.take(ascending, columns[name], positions)
             columns = {name: native(values) for name, values in columns.items()}
         if of_sequence:
-            times = np.append(self._files.sequence_column("t"), np.nan)
-            columns["t"] = times[np.minimum(columns["seq"], len(times) - 1)]
+            times, seq = self._files.sequence_column("t"), columns["seq"]
+            whole = seq < len(times)
+            columns["t"] = np.full(len(seq), np.nan)
+            columns["t"][whole] = times[seq[whole]]
         return {name: torch.from_numpy(columns[name]) for name in names}
 
     def tokens(self) -> tuple[Int64[Tensor, "sequence pos"], Int64[Tensor, "sequence pos"]]:
@@ -151,15 +156,22 @@ class ActivationStore(StoreHeader):
         """Diffusion time of every committed sequence, 0 clean to 1 all masked."""
         return self.sequence_column("t")
 
-    def sequence_column(self, name: str) -> Tensor:
-        """A column of `schema.SEQUENCE_COLUMNS` of every committed sequence: [sequence] or [sequence, pos].
+    def sequence_column(self, name: str, sequences: slice = slice(None)) -> Tensor:
+        """A column of `schema.SEQUENCE_COLUMNS` of committed sequences: [sequence] or [sequence, pos].
 
+        Args:
+            sequences: Consecutive ones, as of a list; of a complete store only those are read.
         Raises:
-            StoreError: If there is no such column.
+            StoreError: If there is no such column, or the slice has a step.
         """
         if name not in schema.SEQUENCE_COLUMNS:
             raise StoreError(f"{self.name} has no column {name!r}{nearest(name, schema.SEQUENCE_COLUMNS)}")
-        return torch.from_numpy(native(self._files.sequence_column(name)).copy())
+        start, stop, step = sequences.indices(self.n_sequences)
+        if step != 1:
+            raise StoreError(f"a slice of sequences must have step 1, got {step}")
+        if sequences == slice(None) or not self.complete:
+            return torch.from_numpy(native(self._files.sequence_column(name)[start:stop]).copy())
+        return torch.from_numpy(native(self._files.array(f"seqs/{name}").read(start, max(start, stop))))
 
     def sequence_rows(self, seq: int) -> slice:
         """The rows of a committed sequence, in order of their position.
@@ -198,20 +210,16 @@ class ActivationStore(StoreHeader):
 
         They are sums of what the model gave; a store in 16 bits holds it rounded.
         """
-        shape = self.row_shape(hook)
+        self.row_shape(hook)  # raises if there is no such hook
         if self.complete:
             stored = {name: self._files.array(f"stats/{hook}/{name}") for name in schema.STATISTICS}
             return HookStatistics.from_arrays(
                 {name: native(array.read(0, array.rows)) for name, array in stored.items()}
             )
-        moments = RunningMoments(shape)
-        names = {part: f"stats/{hook}/{part}" for part in ("count", "total", "square")}
-        for shard in self._files.committed():
-            later, found = RunningMoments(shape), self._files.pending(shard, list(names.values()))
-            for part, name in names.items():
-                setattr(later, part, found[name])
-            moments.merge(later)
-        return HookStatistics.from_arrays(moments.arrays())
+        if self._moments is None:
+            # Of all hooks at once: what is pending of a shard is one file.
+            self._moments = self._files.moments(self.layout.shapes)
+        return HookStatistics.from_arrays(self._moments[hook].arrays())
 
     def fingerprint(self) -> str:
         """SHA-256 over name, dtype, shape and bytes of all committed acts, rows and seqs; reads them all.
@@ -222,7 +230,7 @@ class ActivationStore(StoreHeader):
         acts = [f"acts/{hook}" for hook in self.hooks]
         for name in [*acts, *(f"rows/{column}" for column in self.row_columns)]:
             array = self._files.array(name)
-            content.add(name, array.dtype.name, (len(self), *array.row), self._blocks(array))
+            content.add(name, array.dtype.name, (len(self), *array.row), blocks(array, len(self)))
         for name, column in schema.SEQUENCE_COLUMNS.items():
             shape = self._files.sequence_shape(name, self.n_sequences)
             content.add(f"seqs/{name}", column.dtype, shape, self._files.sequence_blocks(name))
@@ -259,11 +267,12 @@ class ActivationStore(StoreHeader):
             found = self._acts_by_hook[hook] = self._files.array(f"acts/{hook}")
         return found
 
-    def _blocks(self, array: RowArray) -> Iterator[NDArray[Any]]:
-        """All committed rows of an array, in portions."""
-        step = schema.CHUNK_ROWS * max(1, BLOCK_BYTES // (schema.CHUNK_ROWS * _row_bytes(array)))
-        for start in range(0, len(self), step):
-            yield array.read(start, min(start + step, len(self)))
+
+def blocks(array: RowArray, rows: int) -> Iterator[NDArray[Any]]:
+    """The first rows of an array, so many, in portions of about BLOCK_BYTES."""
+    step = schema.CHUNK_ROWS * max(1, BLOCK_BYTES // (schema.CHUNK_ROWS * _row_bytes(array)))
+    for start in range(0, rows, step):
+        yield array.read(start, min(start + step, rows))
 
 
 def _row_bytes(array: RowArray) -> int:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,6 +17,7 @@ from capture import schema
 from capture.begin import SAME_STACK, item
 from capture.config import CaptureConfig
 from capture.decodings import Decodings
+from capture.native import on_threads, refuse_rounded_factors
 from capture.plan import Batch, PlannedSequence, noised
 from capture.provenance import model_record, stack_record
 from capture.reader import ActivationStore
@@ -43,16 +43,16 @@ TYPE_BOUND = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 class Verification:
     """What was checked and held."""
 
-    files: int
-    size: int
+    files: int = 0
+    size: int = 0
     """Bytes of all files that were read and compared."""
-    batches: int
+    batches: int = 0
     """Batches that were recomputed."""
-    rows: int
+    rows: int = 0
     """Their rows."""
-    bitwise: bool
+    bitwise: bool = False
     """Whether the recomputed activations had to be, and were, the same bits."""
-    largest: float
+    largest: float = 0.0
     """Largest difference from the stored values, as a share of the hook's root mean square."""
 
 
@@ -74,7 +74,7 @@ def verify_rows(
     network = HookedMDLM.from_pretrained(directory)
     words = load_tokenizer(config.tokenizer or config.model)
     threads = store.provenance["threads"]
-    now = {**model_record(directory, network, words), **stack_record(network, threads)}
+    now = {**model_record(directory, network, words), **stack_record(network, config, threads)}
     for key in ("weights_sha256", "tokenizer_sha256"):
         if store.provenance[key] != now[key]:
             kind = key.partition("_")[0]
@@ -83,6 +83,8 @@ def verify_rows(
                 f"{store.name} was captured with {key} {store.provenance[key][:16]}..., {found} has "
                 f"{now[key][:16]}...; name the store's own with --{'model' if kind == 'weights' else 'tokenizer'}"
             )
+    if config.arithmetic == "native":
+        refuse_rounded_factors(next(network.parameters()).device)
     forward = forward_of(network, store.hooks, config)
     same_stack = all(item(store.provenance, key) == item(now, key) for key in SAME_STACK)
     bitwise = config.arithmetic == "exact" or same_stack
@@ -95,18 +97,7 @@ def verify_rows(
             acts = forward(batch, check=True)
             largest = max(largest, _compare(store, batch, acts, bitwise=bitwise))
             rows, done = rows + batch.stop - batch.start, done + 1
-    return Verification(files=0, size=0, batches=done, rows=rows, bitwise=bitwise, largest=largest)
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    """Forward passes have this many threads, as those that made a store; native bits depend on the number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return Verification(batches=done, rows=rows, bitwise=bitwise, largest=largest)
 
 
 def recorded_config(store: ActivationStore, model: str | None, tokenizer: str | None = None) -> CaptureConfig:
@@ -139,11 +130,10 @@ def sampled_batches(
     total = store.n_sequences // config.batch_size
     if store.complete:
         total = -(-store.n_sequences // config.batch_size)
-    x0, xt = store.tokens()
     for number in permutation(seed, "verify", 0, total).tolist():
         first = number * config.batch_size
         last = min(first + config.batch_size, store.n_sequences)
-        sequences = [_recorded(store, index, x0[index], xt[index]) for index in range(first, last)]
+        sequences = _recorded(store, first, last)
         for sequence in sequences:
             if again is not None:
                 _verify_state(store, again, sequence)
@@ -153,29 +143,36 @@ def sampled_batches(
         yield Batch(sequences, config.length, config.seed)
 
 
-def _recorded(store: ActivationStore, number: int, x0: Tensor, xt: Tensor) -> PlannedSequence:
-    """A sequence as a store records it."""
-    blocks = store.sequence_column("block")
-    present = int((x0 >= 0).sum())
-    rows = store.sequence_rows(number)
-    block = TokenBlock(
-        ids=x0[:present].numpy().astype(np.int64),
-        documents=np.full(present, -1),
-        source=-1,
-        offset=-1,
-        start=StreamPosition(0, 0),
-    )
-    return PlannedSequence(
-        number=number,
-        row=rows.start,
-        block=block,
-        block_number=int(blocks[number]),
-        candidate=-1,
-        t=float(store.times()[number]),
-        xt=xt[:present].numpy().astype(np.int64),
-        positions=store.coords(rows)["pos"].numpy(),
-        told=float(store.sequence_column("sigma")[number]) if store.sampled else None,
-    )
+def _recorded(store: ActivationStore, first: int, last: int) -> list[PlannedSequence]:
+    """Consecutive sequences as a store records them."""
+    names = ("x0", "xt", "block", "t", "sigma")
+    columns = {name: store.sequence_column(name, slice(first, last)).numpy() for name in names}
+    found = []
+    for index, number in enumerate(range(first, last)):
+        x0, xt = (columns[name][index].astype(np.int64) for name in ("x0", "xt"))
+        present = int((x0 >= 0).sum())
+        rows = store.sequence_rows(number)
+        block = TokenBlock(
+            ids=x0[:present],
+            documents=np.full(present, -1),
+            source=-1,
+            offset=-1,
+            start=StreamPosition(0, 0),
+        )
+        found.append(
+            PlannedSequence(
+                number=number,
+                row=rows.start,
+                block=block,
+                block_number=int(columns["block"][index]),
+                candidate=-1,
+                t=float(columns["t"][index]),
+                xt=xt[:present],
+                positions=store.coords(rows, ["pos"])["pos"].numpy(),
+                told=float(columns["sigma"][index]) if store.sampled else None,
+            )
+        )
+    return found
 
 
 def _verify_noise(

@@ -14,11 +14,14 @@ Locks are objects too; see `leases.py`. The service must know conditional writes
 and Azure do. A process killed while it puts an object in parts leaves parts that nobody sees and somebody
 pays for; a lifecycle rule for incomplete multipart uploads removes them.
 
-Zarr and obstore have threads of their own, which a forked process lacks: open the store in each.
+obstore has threads of its own, which a forked process lacks: a process forked after a request is refused any
+other, also to a store that it opens itself. Start processes that read or write such stores by "spawn" or
+"forkserver", and open the store in each.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -49,6 +52,10 @@ PART_BYTES = 2**23
 """Larger objects are put in parts of this size."""
 PARTS = 4
 """Parts of one object that are put at a time."""
+
+
+_requesting: int | None = None
+"""The process that made the first request, whose threads serve all later ones."""
 
 
 class ObjectStore:
@@ -250,12 +257,24 @@ class ObjectStore:
     @contextmanager
     def _errors(self, kind: type[MdlmError], what: str) -> Iterator[None]:
         """Tell in one line why the service did not do as it was asked."""
+        _refuse_forked(self.name)
         try:
             yield
         except (AlreadyExistsError, PreconditionError):
             raise  # an answer, and no failure
         except (BaseError, FileNotFoundError) as error:
             raise kind(f"{self.name} cannot be {what}: {reason(error, self.name, self.endpoint)}") from error
+
+
+def _refuse_forked(name: str) -> None:
+    """Raise StoreError in a process that lacks the threads: it would wait for ever, and then its parent too."""
+    global _requesting
+    _requesting = _requesting or os.getpid()
+    if os.getpid() != _requesting:
+        raise StoreError(
+            f"{name} cannot be reached from a process that was forked after a request to an object store; start it "
+            f'by "spawn" or "forkserver", and open the store there'
+        )
 
 
 class MemoryDraft:

@@ -14,6 +14,7 @@ from capture.config import CaptureConfig
 from capture.decodings import Decodings
 from capture.forward import Forward
 from capture.manifest import ResumePoint
+from capture.native import refuse_rounded_factors
 from capture.passes import Shares
 from capture.plan import Batch, batches, read_blocks
 from mdlm_interp.checkpoints import resolve_source
@@ -209,7 +210,13 @@ def forward_of(model: HookedMDLM, hooks: Sequence[str], config: CaptureConfig) -
 
 
 def forward_of_request(request: Request) -> Forward:
-    """The forward pass that was asked for."""
+    """The forward pass that was asked for.
+
+    Raises:
+        ConfigError: If torch was told to multiply with fewer digits than a store promises.
+    """
+    if request.config.arithmetic == "native":
+        refuse_rounded_factors(next(request.network.parameters()).device)
     return Forward(request.network, list(request.layout.shapes), together=request.config.pack == "blocks")
 
 

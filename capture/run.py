@@ -14,13 +14,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from capture import manifest as manifests
-from capture.begin import begin
+from capture.begin import begin, begun
+from capture.checked_files import check_begun
 from capture.config import CaptureConfig
 from capture.finish import clean, done_name, finish, has_leftovers
 from capture.forecast import Forecast, forecast, refuse_full_disk, with_time
@@ -34,7 +37,6 @@ from capture.request import Request, forward_of_request, prepared
 from capture.sources import Sources, refuse_repeated
 from capture.store_files import read_manifest
 from capture.writer import Rows, StoreWriter
-from mdlm_interp.errors import StoreError
 
 
 def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationStore:
@@ -45,7 +47,8 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
     it incomplete.
 
     Args:
-        progress: Show the forecast, and a bar with rows/s on stderr if that is a terminal.
+        progress: Show the forecast if something is left to do, and a bar with rows/s on stderr if that is a
+            terminal.
     Raises:
         OutputExistsError: If `config.out` holds something else; it is left alone.
         ConfigError, DataError, HookError, CheckpointError: If the request does not fit the model or text, or a
@@ -54,10 +57,59 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
         WriteError: If the disk fails or is full while writing; what is committed stays.
     """
     place = place_of(config.out, config.endpoint)
-    request, expected = _possible(place, config)
+    possible = _possible(place, config)
+    request, expected = possible.request, possible.expected
+    made = partial(
+        begin, place, request.layout, possible.attributes, expected.rows, request.rank, request.world_size
+    )
+    manifest = made()
+    if not manifest.complete:
+        with place.lock(f"rank-{request.rank}"):
+            # Another process may have committed between reading the manifest and taking the lock.
+            manifest = made()
+            if not manifest.complete:
+                # Rather than at the end, after hours.
+                check_begun(place, manifest, request.layout)
+                if progress and request.rank == 0:
+                    sys.stderr.write(f"{place.name}: {with_time(expected, request, possible.forward)}\n")
+                rows = _write(place, possible, manifest, progress)
+                with place.lock("finish", wait=True):
+                    finish(place, request.layout, world_size=request.world_size, rows=rows)
+    if manifest.complete and has_leftovers(place):
+        # A kill after the last commit leaves what only an incomplete store needs.
+        with place.lock("finish", wait=True):
+            clean(place)
+    return open_store(config.out, endpoint=config.endpoint)
+
+
+def dry_run(config: CaptureConfig) -> Forecast:
+    """The forecast of a request, with the time, that `run_capture` would begin or go on with; writes nothing.
+
+    Raises:
+        MdlmError: As `run_capture`, but for what only a store's own files and locks tell.
+    """
+    possible = _possible(place_of(config.out, config.endpoint), config)
+    return with_time(possible.expected, possible.request, possible.forward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Possible:
+    """A capture that model, text, place and disk allow."""
+
+    request: Request
+    expected: Forecast
+    forward: Forward
+    sources: Sources
+    attributes: Mapping[str, Any]
+    """Of the store."""
+
+
+def _possible(place: Place, config: CaptureConfig) -> _Possible:
+    """What is asked for; raises if anything does not allow it, and writes nothing."""
+    request = prepared(config)
     forward = forward_of_request(request)
-    if progress and request.rank == 0:
-        sys.stderr.write(f"{place.name}: {with_time(expected, request, forward)}\n")
+    refuse_repeated(request.config.files)
+    expected = forecast(request.config, request.tokenizer, request.layout)
     sources = Sources(request.config.files)
     sources.refuse_same_content()
     attributes = {
@@ -72,69 +124,27 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
             threads=request.shares.threads,
         ),
     }
-    manifest = begin(place, request.layout, attributes, expected.rows, request.rank, request.world_size)
-    if manifest.complete:
-        # A kill after the last commit leaves what only an incomplete store needs.
-        if has_leftovers(place):
-            with place.lock("finish", wait=True):
-                clean(place)
-    else:
-        with place.lock(f"rank-{request.rank}"):
-            # Another process may have committed between reading the manifest and taking the lock.
-            manifest = begin(
-                place, request.layout, attributes, expected.rows, request.rank, request.world_size
-            )
-            rows = _write(place, request, forward, manifest, sources, progress)
-            with place.lock("finish", wait=True):
-                finish(place, request.layout, world_size=request.world_size, rows=rows)
-    return open_store(config.out, endpoint=config.endpoint)
+    whole = None
+    if place.exists():
+        begun(place, attributes, request.rank, request.world_size)
+        whole = read_manifest(place)
+    if not config.any_disk and not (whole and whole.complete):
+        refuse_full_disk(place, expected, whole.committed_rows if whole else 0)
+    return _Possible(
+        request=request, expected=expected, forward=forward, sources=sources, attributes=attributes
+    )
 
 
-def dry_run(config: CaptureConfig) -> Forecast:
-    """The forecast of a request, with the time, that `run_capture` would begin or go on with; writes nothing.
-
-    Raises:
-        MdlmError: As `run_capture`, but for what only the store's own files and locks tell.
-    """
-    request, expected = _possible(place_of(config.out, config.endpoint), config)
-    return with_time(expected, request, forward_of_request(request))
-
-
-def _possible(place: Place, config: CaptureConfig) -> tuple[Request, Forecast]:
-    """The request and what it takes; raises if model, text and disk do not allow it."""
-    request = prepared(config)
-    refuse_repeated(request.config.files)
-    expected = forecast(request.config, request.tokenizer, request.layout)
-    begun = begun_manifest(place)
-    if not config.any_disk and not (begun and begun.complete):
-        refuse_full_disk(place, expected, begun.committed_rows if begun else 0)
-    return request, expected
-
-
-def begun_manifest(place: Place) -> manifests.Manifest | None:
-    """What is committed of the store already, if there is one."""
-    try:
-        return read_manifest(place) if place.exists() else None
-    except StoreError:  # something else is there, which `begin` refuses
-        return None
-
-
-def _write(
-    place: Place,
-    request: Request,
-    forward: Forward,
-    manifest: manifests.Manifest,
-    sources: Sources,
-    progress: bool,
-) -> int:
+def _write(place: Place, possible: _Possible, manifest: manifests.Manifest, progress: bool) -> int:
     """Run and commit what this rank has not committed yet; rows of the whole store."""
+    request, sources = possible.request, possible.sources
     layout = request.layout
     resume = manifest.shards[-1].resume if manifest.shards else None
     rows = 0
     with (
         _bar(request, manifest, progress) as bar,
         _writing(place, request, manifest) as writer,
-        Passes(forward, request.shares) as passes,
+        Passes(possible.forward, request.shares) as passes,
     ):
         for batch, lent in passes.run(_jobs(request.batches(resume), writer, layout.shard_rows)):
             rows = batch.stop

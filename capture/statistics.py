@@ -32,6 +32,8 @@ from mdlm_interp.shapes import Float64
 
 PIECE_ROWS = 256
 """Rows of a sequence that are added up before they are added to the others: part of the result."""
+MOMENTS = ("count", "total", "square")
+"""What is kept of `RunningMoments` to go on with them, by name."""
 SCRATCH_BYTES = 2**20
 """Of float64 that pieces are converted to at a time, at least one piece: it should stay in the processor's cache."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import google_crc32c
@@ -22,9 +22,10 @@ from safetensors.numpy import load
 from capture import manifest as manifests
 from capture import schema
 from capture.manifest import MANIFEST, Manifest, Shard
-from capture.open_files import REMEDY, FileCache
+from capture.open_files import REMEDY, FileCache, remedy_for
 from capture.places import Directory, Place
 from capture.row_files import RowFiles, array_layout
+from capture.statistics import MOMENTS, RunningMoments
 from capture.zarr_rows import ZarrRows
 from mdlm_interp.errors import StoreError, nearest
 
@@ -108,7 +109,7 @@ def _content(place: Place, path: str) -> bytes | None:
         return place.read(path)
     except OSError as error:
         raise StoreError(
-            f"{place.name}/{path} cannot be read ({error.strerror or error}); {REMEDY}"
+            f"{place.name}/{path} cannot be read ({error.strerror or error}); {remedy_for(error)}"
         ) from None
 
 
@@ -173,12 +174,20 @@ class StoreFiles:
 
     def committed(self) -> Iterator[Shard]:
         """The shards that readers may trust, in order."""
-        for shard in self.manifest.shards:
-            if shard.rows[1] <= self.manifest.committed_rows:
-                yield shard
+        committed = self.manifest.committed_rows
+        return (shard for shard in self.manifest.shards if shard.rows[1] <= committed)
 
     def pending(self, shard: Shard, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Those of these arrays that are in the pending file of a shard of an incomplete store."""
+        found = load(self.pending_content(shard))
+        return {name: found[name] for name in names if name in found}
+
+    def pending_content(self, shard: Shard) -> bytes:
+        """That file, which is the one that the manifest lists.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
         path = f"{schema.PENDING}/{shard.rows[0] // self.manifest.shard_rows}.safetensors"
         content = _content(self.place, path)
         if content is None:
@@ -188,8 +197,23 @@ class StoreFiles:
             )
         if google_crc32c.value(content) != shard.pending:
             raise StoreError(f"{self.place.name}/{path} is damaged (not the one in {MANIFEST}); {REMEDY}")
-        found = load(content)
-        return {name: found[name] for name in names if name in found}
+        return content
+
+    def moments(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, RunningMoments]:
+        """Of an incomplete store: the sums over all committed rows of each hook, by its row's shape.
+
+        Every pending file is read once, whatever the number of hooks.
+        """
+        moments = {hook: RunningMoments(shape) for hook, shape in shapes.items()}
+        names = [f"stats/{hook}/{part}" for hook in shapes for part in MOMENTS]
+        for shard in self.committed():
+            found = self.pending(shard, names)
+            for hook, running in moments.items():
+                later = RunningMoments(shapes[hook])
+                for part in MOMENTS:
+                    setattr(later, part, found[f"stats/{hook}/{part}"])
+                running.merge(later)
+        return moments
 
     def sequence_column(self, name: str) -> NDArray[Any]:
         """A column of all committed sequences [sequence] or [sequence, pos], read once; not to be changed."""

@@ -118,7 +118,10 @@ class StoreWriter:
         self._encode.put(rows)
 
     def close(self) -> None:
-        """Commit everything, the last shard included; no rows follow."""
+        """Commit everything, the last shard included; no rows follow.
+
+        When it fails or is interrupted, both threads have ended and full shards that waited may be committed.
+        """
         try:
             self._encode.close()
             if self._open is not None:
@@ -129,8 +132,10 @@ class StoreWriter:
 
     def abandon(self) -> None:
         """Stop; rows after the last commit are lost."""
-        self._encode.abandon()
-        self._commit.abandon()
+        try:
+            self._encode.abandon()
+        finally:
+            self._commit.abandon()
 
     def _wanted(self, number: int) -> bool:
         return number % self._world_size == self._rank and number not in self._committed

@@ -8,7 +8,7 @@ store's, over other files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +21,7 @@ from capture.convert.selection import EXPORT_VERSION
 from capture.manifest import Manifest, ResumePoint, Shard, check_version
 from capture.open_files import REMEDY
 from capture.places import Directory
-from capture.reader import BLOCK_BYTES, ActivationStore
+from capture.reader import ActivationStore, blocks
 from capture.statistics import HookStatistics
 from capture.store_files import RowArray, StoreFiles
 from mdlm_interp.errors import StoreError
@@ -111,7 +111,8 @@ class ExportedStore(ActivationStore):
         """
         self._container.verify(lambda _: None)
         for path in self._arrays.paths():
-            for block in _blocks(self._arrays.array(path)):
+            array = self._arrays.array(path)
+            for block in blocks(array, array.rows):
                 advance(block.nbytes)
         return len(self._container.paths), self.bytes_on_disk
 
@@ -158,13 +159,6 @@ class ExportFiles(StoreFiles):
     def _pending_blocks(self, name: str) -> Iterator[NDArray[Any]]:
         # Of an incomplete store too, an export has the sequences that are whole.
         return self._stored_blocks(name)
-
-
-def _blocks(array: RowArray) -> Iterable[NDArray[Any]]:
-    row_bytes = max(1, array.dtype.itemsize * int(np.prod(array.row, dtype=np.int64)))
-    step = schema.CHUNK_ROWS * max(1, BLOCK_BYTES // (schema.CHUNK_ROWS * row_bytes))
-    for start in range(0, array.rows, step):
-        yield array.read(start, min(start + step, array.rows))
 
 
 def _check_attributes(container: Container) -> None:

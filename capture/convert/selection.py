@@ -65,7 +65,9 @@ class Selection:
     def layout(self) -> schema.Layout:
         """The sizes of the export's arrays."""
         shapes = {hook: self.store.row_shape(hook) for hook in self.hooks}
-        return schema.Layout(shapes=shapes, length=self.store.length, dtype=self.dtype)
+        return schema.Layout(
+            shapes=shapes, length=self.store.length, dtype=self.dtype, sampled=self.store.sampled
+        )
 
     @property
     def acts_size(self) -> int:

@@ -39,7 +39,7 @@ class StreamPosition:
     """A place in a stream of documents where blocks begin anew."""
 
     documents: int = 0
-    """Documents with text before it, over all files."""
+    """Documents before it, over all files."""
     blocks: int = 0
     """Blocks before it."""
 
@@ -167,7 +167,7 @@ def _skipped(documents: Iterable[Document], count: int) -> Iterator[Document]:
     skipped = sum(1 for _ in islice(rest, count))
     if skipped < count:
         raise DataError(
-            f"the text has {skipped} documents with text, and the place to continue from is after {count}; "
+            f"the text has {skipped} documents, and the place to continue from is after {count}; "
             f"keep the files as they were"
         )
     yield from rest

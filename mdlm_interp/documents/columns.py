@@ -30,8 +30,8 @@ ARROW_FILE = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_parquet(path: Path) -> Iterator[str]:
-    """The documents of a parquet file."""
+def read_parquet(path: Path) -> Iterator[str | None]:
+    """The documents of a parquet file; None for a null."""
     with open_parquet(path) as stored:
         check_column(stored.schema_arrow, path)
         batches = stored.iter_batches(BATCH_ROWS, columns=[COLUMN], use_threads=False)
@@ -60,8 +60,8 @@ def open_parquet(path: Path) -> Iterator[Any]:
         raise damaged(path, error) from None
 
 
-def read_arrow(path: Path) -> Iterator[str]:
-    """The documents of an Arrow file, with or without a footer."""
+def read_arrow(path: Path) -> Iterator[str | None]:
+    """The documents of an Arrow file, with or without a footer; None for a null."""
     with _stored(path) as (_, stored):
         yield from _texts(_arrow_batches(stored), path)
 
@@ -112,7 +112,7 @@ def sample_arrow(path: Path, limit: int) -> tuple[int, int]:
         batches: int | None = getattr(stored, "num_record_batches", None)
         size: int = source.size()
         for number, batch in enumerate(_arrow_batches(stored), start=1):
-            total += sum(len(text.encode()) for text in _texts(iter([batch]), path))
+            total += sum(len((text or "").encode()) for text in _texts(iter([batch]), path))
             if total >= limit:
                 return total, source.tell() if batches is None else size * number // batches
     return total, size
@@ -149,7 +149,7 @@ def check_column(schema: pa.Schema, path: Path) -> None:
         raise DataError(f'{path}: column "{COLUMN}" holds {kind}, expected strings; name a file of texts')
 
 
-def _texts(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[str]:
+def _texts(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[str | None]:
     row = 0
     for batch in batches:
         column = batch.column(COLUMN)
@@ -159,9 +159,10 @@ def _texts(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[str]:
             row += len(piece)
 
 
-def _strings(column: pa.Array, path: Path, first_row: int) -> list[str]:
+def _strings(column: pa.Array, path: Path, first_row: int) -> list[str | None]:
     try:
-        return [text or "" for text in column.to_pylist()]
+        texts: list[str | None] = column.to_pylist()
+        return texts
     except UnicodeDecodeError:
         for row, value in enumerate(column, start=first_row):
             try:

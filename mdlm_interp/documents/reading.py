@@ -20,7 +20,7 @@ from mdlm_interp.documents.token_files import read_tokens
 from mdlm_interp.errors import DataError
 from mdlm_interp.tokenizers import Tokenizer
 
-STREAM_READERS: dict[Format, Callable[[PackedFile], Iterator[str]]] = {
+STREAM_READERS: dict[Format, Callable[[PackedFile], Iterator[str | None]]] = {
     "text": read_text,
     "jsonl": read_jsonl,
     "archive": read_archive,
@@ -37,12 +37,12 @@ class Document:
     source: int
     """Number of its file in the list of files."""
     number: int
-    """Its position in that file, from 0, where those without text count too: line of JSON lines, row of a table,
+    """Its position in that file, from 0, where places without one count too: line of JSON lines, row of a table,
     `.txt` of an archive; where <|endoftext|> separates, how many are before it; else its paragraph."""
     ids: NDArray[np.uint16] | None = field(default=None, compare=False)
     """Token ids, without an end-of-text; None where the file holds text."""
     before: int = 0
-    """Documents in the files before its own, with or without text."""
+    """Places for a document in the files before its own."""
 
     @property
     def running(self) -> int:
@@ -51,7 +51,10 @@ class Document:
 
 
 def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer | None = None) -> Iterator[Document]:
-    """Every document of the files that has text, in order, with memory for the longest one only.
+    """Every document of the files, in order, with memory for the longest one only.
+
+    One may be empty, and upstream ends it with an end-of-text like any other. No documents are blank lines, nulls
+    in a table, and nothing before the first <|endoftext|> or after the last.
 
     Args:
         paths: What `expand_files` takes. All are looked at before the first is read.
@@ -67,12 +70,11 @@ def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer | None = No
             raise DataError(f"{path} holds token ids, and this needs text; name the text that they are of")
     before = 0
     for source, (path, kind) in enumerate(zip(files, kinds, strict=True)):
-        count, empty = 0, True
+        count, empty = 0, True  # passed over and yet counted: the number leads back to the place in the file
         with explained(path):
             for text, ids in _contents(path, kind, tokenizer):
-                # An empty one is passed over, and yet counted: the number leads back to the place in the file.
-                if (ids is not None and len(ids)) or (text and not text.isspace()):
-                    empty = False
+                if text is not None:
+                    empty = empty and not (text.strip() if ids is None else len(ids))
                     yield Document(text, source, count, ids, before)
                 count += 1
         if empty:
@@ -87,14 +89,14 @@ def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
 
 def _contents(
     path: Path, kind: Kind, tokenizer: Tokenizer | None
-) -> Iterable[tuple[str, NDArray[np.uint16] | None]]:
+) -> Iterable[tuple[str | None, NDArray[np.uint16] | None]]:
     if kind.format == "tokens":
         assert tokenizer is not None
-        return (("", ids) for ids in read_tokens(path, tokenizer))
+        return ((None if ids is None else "", ids) for ids in read_tokens(path, tokenizer))
     return ((text, None) for text in _texts(path, kind))
 
 
-def _texts(path: Path, kind: Kind) -> Iterator[str]:
+def _texts(path: Path, kind: Kind) -> Iterator[str | None]:
     if kind.format == "parquet":
         return read_parquet(path)
     if kind.format == "arrow":

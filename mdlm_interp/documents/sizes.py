@@ -94,7 +94,7 @@ def _sample(path: Path, kind: Kind) -> tuple[int, int]:
 
 def _sizes(file: PackedFile, format: Format) -> Iterator[int]:
     if format != "text":
-        yield from (len(text.encode()) for text in STREAM_READERS[format](file))
+        yield from (len((text or "").encode()) for text in STREAM_READERS[format](file))
         return
     with file.open() as stream:  # where documents end is known only when all was looked at
         while piece := stream.read(PIECE_BYTES):

@@ -34,12 +34,13 @@ KINDS = {
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD]")
 
 
-def read_text(file: PackedFile) -> Iterator[str]:
-    """The documents of a plain text; those between two marks may be empty."""
+def read_text(file: PackedFile) -> Iterator[str | None]:
+    """The documents of a plain text; those between two marks may be empty, and None is a place without one."""
     # A file that marks its documents has blank lines inside them, so the whole file decides on the rule.
     split = _marked_documents if _has_marker(file) else _paragraphs
     with file.open_text() as stream:
-        yield from (text.strip("\n") for text in split(stream))
+        for text in split(stream):
+            yield None if text is None else text.strip("\n")
 
 
 def _has_marker(file: PackedFile) -> bool:
@@ -52,14 +53,17 @@ def _has_marker(file: PackedFile) -> bool:
     return False
 
 
-def _marked_documents(stream: TextIOWrapper) -> Iterator[str]:
+def _marked_documents(stream: TextIOWrapper) -> Iterator[str | None]:
     # Pieces are joined once a document, so that a long one does not cost the square of its length.
     pending: list[str] = []
-    tail = ""
+    tail, first = "", True
     while piece := stream.read(PIECE):
         *complete, rest = (tail + piece).split(END_OF_TEXT)
         for text in complete:
-            yield "".join([*pending, text])
+            document = "".join([*pending, text])
+            # A file may have the mark before each document.
+            yield None if first and not document.strip() else document
+            first = False
             pending.clear()
         kept = max(0, len(rest) - len(END_OF_TEXT) + 1)
         pending.append(rest[:kept])
@@ -81,12 +85,12 @@ def _paragraphs(stream: TextIOWrapper) -> Iterator[str]:
         yield "".join(pending)
 
 
-def read_jsonl(file: PackedFile) -> Iterator[str]:
-    """The documents of a file of JSON lines, a blank line being an empty one."""
+def read_jsonl(file: PackedFile) -> Iterator[str | None]:
+    """The documents of a file of JSON lines; None for a blank line."""
     with file.open_text() as stream:
         for number, line in enumerate(stream, start=1):
             if line.isspace():
-                yield ""  # so that documents are numbered as lines are
+                yield None  # so that documents are numbered as lines are
                 continue
             try:
                 record = json.loads(line)

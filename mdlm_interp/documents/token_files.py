@@ -26,8 +26,8 @@ LLM_C_HEADER = np.array([20240520, 1], "<i4").tobytes()
 """First bytes of llm.c's token files, which have 1,024 bytes of header and then the same ids."""
 
 
-def read_tokens(path: Path, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint16]]:
-    """Ids of each document, without the <|endoftext|>; some may be empty.
+def read_tokens(path: Path, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint16] | None]:
+    """Ids of each document, without the <|endoftext|>; some may be empty, and None is what a first mark ends.
 
     A file whose documents end with <|endoftext|> must end with it too. One that starts with it has
     the mark before each document, and one without any is a single document.
@@ -53,7 +53,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer) -> Iterator[NDArray[np.uint16]
             for end in ends:
                 pending.append(piece[begin:end])
                 document, pending = np.concatenate(pending) if len(pending) > 1 else pending[0], []
-                yield document
+                yield None if position == 0 and begin == end == 0 else document
                 begin = end + 1
             pending.append(piece[begin:])
             position += len(piece)

@@ -1,6 +1,7 @@
 """The forecast is what a capture takes, and who follows its remedy gets through."""
 
 import errno
+import json
 import os
 import re
 import time
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 from capture import CaptureConfig, Forecast, forecast_capture, open_store, run_capture
+from capture.commands import run
 from capture.forward import Forward
 from capture.places import Directory, place_of
+from capture.schema import Layout
 from capture.writer import StoreWriter
 from mdlm_interp.errors import StoreError
 
@@ -145,7 +148,7 @@ def test_a_place_that_cannot_tell_its_room_is_not_refused(long, monkeypatch):
 
 def test_a_complete_store_needs_no_room_though_more_rows_were_forecast(long, monkeypatch):
     """Exact: masked rows are a guess, and here it was too high."""
-    monkeypatch.setattr("capture.forecast.expected_share", lambda _: 0.9)
+    monkeypatch.setattr("capture.forecast.expected_share", lambda *_: 0.9)
     config = replace(long, positions="masked")
     store = run_capture(config)
     assert forecast_capture(config).rows > len(store)
@@ -168,6 +171,45 @@ def test_a_forecast_writes_nothing_and_tells_the_time_when_asked(long, monkeypat
     assert list(Path(long.out).parent.iterdir()) == []
 
 
+def of_shards(rows: int, shard_rows: int) -> Forecast:
+    """Of so many rows, in shards of so many."""
+    layout = Layout(shapes={"hook_embed": (8,)}, length=1024, shard_rows=shard_rows)
+    return Forecast(rows=rows, sequences=7, layout=layout, size=0)
+
+
+@pytest.mark.parametrize(("rows", "shard_rows"), [(2_560_001, 256), (9_000_000_000, 16384), (10**8, 768)])
+def test_who_takes_as_many_rows_a_shard_as_told_is_told_no_more(rows, shard_rows):
+    told = re.search(
+        r"; ([\d,]+) shards of --shard-rows (\d+) .* --shard-rows (\d+) has ([\d,]+)$",
+        str(of_shards(rows, shard_rows)),
+    )
+    assert told is not None
+    before, given, wanted, after = (int(number.replace(",", "")) for number in told.groups())
+    assert given == shard_rows < wanted
+    assert wanted % 256 == 0
+    for shards, size in ((before, given), (after, wanted)):
+        assert (shards - 1) * size < rows <= shards * size
+    assert after <= 10_000 < before
+    assert "shard" not in str(of_shards(rows, wanted))
+    # The least that helps: a longer shard is also more to be lost by an interruption.
+    assert "--shard-rows" in str(of_shards(rows, wanted - 256))
+
+
+def test_a_forecast_of_few_shards_says_nothing_of_them():
+    assert str(of_shards(2_560_000, 256)) == "about 2,560,000 rows of 7 sequences, 0 bytes"
+
+
+def test_both_places_that_print_the_forecast_give_the_advice(long, monkeypatch, capsys):
+    monkeypatch.setattr("capture.forecast.MANY_SHARDS", 2)
+    words = [*map(str, long.files), "--model", long.model, "--length", "24", "--shard-rows", "256"]
+    words += ["--out", long.out]
+    advice = "shards of --shard-rows 256 make commits slow: a store made with --shard-rows 768 has 2\n"
+    assert run([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith(advice)
+    assert run(words) == 0
+    assert capsys.readouterr().err.endswith(advice)
+
+
 def test_the_speed_of_the_forecast_is_that_of_the_second_pass(long, monkeypatch):
     clock, takes = [5.0], iter([10.0, 0.5])
 
@@ -178,3 +220,16 @@ def test_the_speed_of_the_forecast_is_that_of_the_second_pass(long, monkeypatch)
     monkeypatch.setattr(Forward, "__call__", passing)
     expected = forecast_capture(long, timed=True)
     assert expected.seconds == expected.rows / (16 * 24 / 0.5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"wrap": False}, {"positions": "random", "per_sequence": 11}], ids=str
+)
+def test_documents_are_forecast_at_their_own_lengths(config, tmp_path, changes):
+    """Exact: all of so few documents are looked at, empty ones and longer ones than a sequence among them."""
+    texts = ["word " * (3 + 5 * number % 40) for number in range(60)]
+    file = tmp_path / "documents.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + '\n{"text": ""}\n' for text in texts))
+    config = replace(config, files=(file,), pack="documents", max_sequences=None, **changes)
+    expected, store = forecast_capture(config), run_capture(config)
+    assert (expected.sequences, expected.rows) == (60, len(store))

@@ -12,9 +12,9 @@ from torch.__config__ import parallel_info
 
 from capture import run_capture
 from capture.forward import Forward
+from capture.native import on_threads
 from capture.passes import AHEAD, Passes, Shares
 from capture.plan import Batch
-from capture.recomputed import on_threads
 from capture.request import prepared
 from capture.row_pool import RowPool
 from capture.verify import verify_store

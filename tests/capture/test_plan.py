@@ -163,7 +163,9 @@ def test_a_document_by_itself_gives_the_activations_of_that_text_alone(config):
 def test_the_expected_share_of_rows_is_the_one_that_comes(planned_rows, config, changes):
     rows, found = planned_rows(max_sequences=None, **changes)
     tokens = sum(len(sequence.xt) for batch in found for sequence in batch.sequences)
-    assert expected_share(replace(config, **changes)) == pytest.approx(len(rows["pos"]) / tokens, abs=0.05)
+    assert expected_share(replace(config, **changes), config.length) == pytest.approx(
+        len(rows["pos"]) / tokens, abs=0.05
+    )
 
 
 def test_resuming_at_the_beginning_is_beginning(planned_rows):

@@ -191,7 +191,7 @@ def stopped(call: int, error: BaseException) -> Iterator[None]:
 
 def test_a_rank_that_was_lost_is_run_again_alone(wanted, alone):
     run_capture(rank_of(wanted, 0, 3))
-    with stopped(7, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with stopped(8, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         run_capture(rank_of(wanted, 1, 3))
     lost = shards(wanted.out, 1, 3)
     assert 0 < len(lost) < len(range(1, len(alone.manifest.shards), 3))
@@ -232,7 +232,7 @@ def test_whoever_runs_again_completes_what_the_last_rank_could_not(wanted, alone
     ],
 )
 def test_another_number_of_ranks_is_refused_and_changes_nothing(wanted, begun, asked, message):
-    with stopped(6, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with stopped(7, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         run_capture(rank_of(wanted, *begun))
     before = contents(wanted.out)
     with pytest.raises(StoreError) as caught:
@@ -245,7 +245,7 @@ def test_another_number_of_ranks_is_refused_and_changes_nothing(wanted, begun, a
 def test_a_complete_store_is_left_as_it_is_by_any_number_of_ranks(wanted, alone, world_size):
     for rank in (0, 1):
         run_capture(rank_of(wanted, rank, 2))
-    with stopped(3, AssertionError("ran the model for a complete store")):
+    with stopped(2, AssertionError("ran the model for a complete store")):
         assert run_capture(rank_of(wanted, 0, world_size)).complete
     same(wanted.out, alone)
 
@@ -264,7 +264,7 @@ def test_the_same_rank_twice_at_once_is_refused(wanted, alone):
     forward, calls = HookedMDLM.forward, itertools.count(1)
 
     def twice(self: HookedMDLM, *args: Any, **kwargs: Any) -> Any:
-        if next(calls) == 4:
+        if next(calls) == 5:
             with pytest.raises(StoreError) as caught:
                 run_capture(rank_of(wanted, 1, 2))
             refused.append(str(caught.value))

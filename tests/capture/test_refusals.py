@@ -144,8 +144,11 @@ def test_a_full_disk_does_not_stop_who_insists(config, monkeypatch):
             "times fixed is clean text at t = 0, where no token is masked, so positions masked would record "
             "nothing; take other times, or positions all or unmasked",
         ),
-        ({"positions": "every"}, "positions every needs every, a whole number"),
-        ({"positions": "random"}, "positions random needs per_sequence, a whole number"),
+        ({"positions": "every"}, "positions every needs every, a whole number, such as --every 8"),
+        (
+            {"positions": "random"},
+            "positions random needs per_sequence, a whole number, such as --per-sequence 8",
+        ),
         ({"every": 2}, "every has no effect with positions 'all'"),
         ({"positions": "masked", "per_sequence": 2}, "per_sequence has no effect with positions 'masked'"),
         ({"rank": 2, "world_size": 2}, "rank must be from 0 to world_size - 1, got rank 2 of 2"),

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 from capture import CaptureConfig, open_store, run_capture
+from capture.native import on_threads
 from capture.places import Directory
-from capture.recomputed import on_threads
 from capture.writer import StoreWriter
 from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import OutputExistsError, StoreError, WriteError
+from tests.capture.interrupts import interrupted
 
 LAST_SHARD = 21
 """Shards of `long`, the last one shorter."""
@@ -65,7 +67,7 @@ def test_an_interrupted_capture_goes_on_to_the_same_bytes(long, name, monkeypatc
     while not (Path(changed.out).exists() and open_store(changed.out).complete) and stops < 50:
         stops += 1
         # Documents run one by one, so as many more passes are let through.
-        after = 16 if changed.pack == "documents" else 4
+        after = 17 if changed.pack == "documents" else 5
         undo = stop_at_call(monkeypatch, HookedMDLM, "forward", after, KeyboardInterrupt())
         try:
             run_capture(changed)
@@ -78,7 +80,7 @@ def test_an_interrupted_capture_goes_on_to_the_same_bytes(long, name, monkeypatc
 
 def test_what_is_committed_reads_the_same_before_the_end(long, monkeypatch):
     whole = run_capture(replace(long, out=long.out + ".whole"))
-    stop_at_call(monkeypatch, HookedMDLM, "forward", 5, KeyboardInterrupt())
+    stop_at_call(monkeypatch, HookedMDLM, "forward", 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run_capture(long)
     store = open_store(long.out)
@@ -145,7 +147,7 @@ def test_a_kill_while_completing_is_made_good(long, monkeypatch, step):
 
 def test_files_that_a_kill_left_half_written_do_not_stay(long, monkeypatch):
     whole = run_capture(replace(long, out=long.out + ".whole"))
-    stop_at_call(monkeypatch, HookedMDLM, "forward", 3, KeyboardInterrupt())
+    stop_at_call(monkeypatch, HookedMDLM, "forward", 4, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run_capture(long)
     for name in ("rows/xt/c.3.partial", "acts/.partial-zarr.json", ".partial-manifest.json"):
@@ -189,7 +191,7 @@ def test_changed_text_is_refused(config, tmp_path):
 
 
 def test_native_rows_are_not_continued_with_another_number_of_threads(long, monkeypatch):
-    stop_at_call(monkeypatch, HookedMDLM, "forward", 3, KeyboardInterrupt())
+    stop_at_call(monkeypatch, HookedMDLM, "forward", 4, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run_capture(long)
     threads = max(1, torch.get_num_threads() // 2)  # two passes share them
@@ -211,7 +213,7 @@ def test_native_rows_are_not_continued_with_another_number_of_threads(long, monk
 def test_native_rows_are_continued_with_more_forwards_of_as_many_threads(long, monkeypatch):
     with on_threads(2):
         whole = run_capture(replace(long, out=long.out + ".whole"))
-        stop_at_call(monkeypatch, HookedMDLM, "forward", 4, KeyboardInterrupt())
+        stop_at_call(monkeypatch, HookedMDLM, "forward", 5, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             run_capture(replace(long, forwards=2))
     with on_threads(3):
@@ -238,4 +240,32 @@ def test_a_second_writer_is_refused_and_changes_nothing(long, monkeypatch):
     monkeypatch.setattr(StoreWriter, "append", meddling)
     run_capture(long)
     assert tried
+    assert contents(long.out) == contents(whole.path)
+
+
+def test_ctrl_c_while_the_last_shard_is_committed_leaves_no_thread_behind_the_lock(long, monkeypatch):
+    whole = run_capture(replace(long, out=long.out + ".whole"))
+    at_work, gate = threading.Event(), threading.Event()
+    publish, close, before = Directory.publish, StoreWriter.close, set(threading.enumerate())
+
+    def waiting(self, drafts):
+        if any(draft.path.endswith(f"/c.{LAST_SHARD - 1}") for draft in drafts):
+            at_work.set()
+            gate.wait(20)
+        publish(self, drafts)
+
+    def closing(self):
+        with interrupted(at_work=at_work, then=gate.set):
+            close(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Directory, "publish", waiting)
+        patched.setattr(StoreWriter, "close", closing)
+        with pytest.raises(KeyboardInterrupt):
+            run_capture(long)
+    begun = set(threading.enumerate()) - before
+    assert [thread.name for thread in begun if thread.name.startswith("capture-")] == []
+    store = open_store(long.out)
+    assert (len(store.manifest.shards), store.complete) == (LAST_SHARD, False)
+    run_capture(long)
     assert contents(long.out) == contents(whole.path)

@@ -10,12 +10,14 @@ import zarr
 from torch import Tensor
 
 from capture import CaptureConfig, run_capture
-from capture.forward import last_block_needed
-from capture.recomputed import on_threads
+from capture.forward import Forward, last_block_needed
+from capture.native import on_threads
+from capture.places import Directory
 from mdlm_interp import HookedMDLM, load_tokenizer
 from mdlm_interp.checkpoints import sha256_of
 from mdlm_interp.diffusion import LogLinearSchedule, corrupt, sequence_times
 from mdlm_interp.documents import TokenBlock, read_documents, token_blocks
+from mdlm_interp.errors import StoreError
 from mdlm_interp.model import all_hook_names
 
 PER_HEAD = ("blocks.1.attn.hook_q", "blocks.*.attn.hook_z", "blocks.0.ln1.hook_scale", "hook_logits")
@@ -202,3 +204,24 @@ def test_every_hook_point_has_the_row_shape_that_the_schema_says_or_is_refused(m
 def test_an_output_below_missing_directories_is_made(config, tmp_path):
     out = tmp_path / "a" / "b" / "run.zarr"
     assert run_capture(replace(config, out=str(out))).path == out
+
+
+def no_pass(*_: object, **__: object) -> None:
+    raise AssertionError("a forward pass was run")
+
+
+def test_nothing_is_forecast_for_a_store_that_is_complete(config, monkeypatch, capsys):
+    assert run_capture(config, progress=True).complete
+    assert capsys.readouterr().err.startswith(f"{config.out}: about 504 rows of 21 sequences, ")
+    monkeypatch.setattr(Forward, "__call__", no_pass)
+    assert run_capture(config, progress=True).complete
+    assert capsys.readouterr().err == ""
+
+
+def test_a_disk_without_room_is_refused_before_a_pass_is_run_or_a_file_made(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Forward, "__call__", no_pass)
+    monkeypatch.setattr(Directory, "free_bytes", lambda self: 1000)
+    out = tmp_path / "below" / "run.zarr"
+    with pytest.raises(StoreError, match=r"its disk has 1\.0 kB free"):
+        run_capture(replace(config, out=str(out)), progress=True)
+    assert list(tmp_path.iterdir()) == []

@@ -210,7 +210,7 @@ def test_a_stopped_capture_goes_on_to_the_same_bytes(decoding, monkeypatch, smal
     while not (Path(changed.out).exists() and open_store(changed.out).complete) and stops < 50:
         stops += 1
         undo = stop_at_call(
-            monkeypatch, HookedMDLM, "forward", 26 if arithmetic == "native" else 17, KeyboardInterrupt()
+            monkeypatch, HookedMDLM, "forward", 27 if arithmetic == "native" else 17, KeyboardInterrupt()
         )
         try:
             run_capture(changed)

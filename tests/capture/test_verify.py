@@ -103,7 +103,7 @@ def test_an_incomplete_store_is_verified_as_far_as_it_goes(config, small_shards,
     def failing(self, *args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == 5:
+        if calls == 6:
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
@@ -114,6 +114,73 @@ def test_an_incomplete_store_is_verified_as_far_as_it_goes(config, small_shards,
     found = verify_store(config.out, batches=10)
     assert found.bitwise
     assert 0 < found.batches < 6
+
+
+@pytest.fixture
+def incomplete(config, small_shards, monkeypatch):
+    """All eight shards are committed, and the capture was stopped before it completed the store."""
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("capture.run.finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_capture(replace(config, batch_size=4))
+    store = open_store(config.out)
+    assert (store.complete, len(store), len(store.manifest.shards)) == (False, 504, 8)
+    return store
+
+
+def checked_of(root: Path) -> list[Path]:
+    """What is committed of an incomplete store, but for the manifest, which has a SHA-256 of its own."""
+    files = {path for path in root.rglob("*") if path.is_file()}
+    return sorted(files - {root / MANIFEST, *root.glob("*.lock"), *root.glob("done.*")})
+
+
+def test_every_file_of_an_incomplete_store_is_checked_and_counted(incomplete):
+    checked = checked_of(incomplete.path)
+    rows: list[int] = []
+    found = verify_files(incomplete, progress=rows.append)
+    assert found == (len(checked), sum(path.stat().st_size for path in checked))
+    arrays = len(incomplete.hooks) + len(incomplete.row_columns)
+    assert len(checked) == 8 * (arrays + 1) + arrays + 3
+    assert rows == [64] * 7 + [56]
+
+
+def test_a_flipped_bit_in_any_file_of_an_incomplete_store_is_found(incomplete):
+    draw = random.Random(4)
+    for path in checked_of(incomplete.path):
+        content = path.read_bytes()
+        for bit in {draw.randrange(8 * len(content)), 0, 8 * len(content) - 1}:
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            with pytest.raises(StoreError):
+                verify_files(open_store(incomplete.path))
+        path.unlink()
+        with pytest.raises(StoreError, match="is missing"):
+            verify_files(open_store(incomplete.path))
+        path.write_bytes(content)
+    verify_files(open_store(incomplete.path))
+
+
+@pytest.mark.parametrize(
+    ("node", "change", "message"),
+    [
+        ("", lambda found: found["attributes"]["config"].update(seed=7), "its SHA-256 is not the one in"),
+        ("rows/pos", lambda found: found.update(fill_value=0), "another fill_value than it was made with"),
+        ("rows/pos", lambda found: found["shape"].__setitem__(0, 63), "another shape than it was made with"),
+        ("acts", lambda found: found["attributes"].update(x=1), "another attributes than it was made with"),
+    ],
+)
+def test_other_metadata_of_an_incomplete_store_is_found(incomplete, node, change, message):
+    path = incomplete.path / node / "zarr.json"
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found, indent=2))
+    with pytest.raises(StoreError, match=message):
+        verify_files(open_store(incomplete.path))
 
 
 def changed_consistently(store, hook, row, value):

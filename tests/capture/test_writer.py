@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from capture.places import Directory
 from capture.schema import ROW_COLUMNS, SEQUENCE_COLUMNS, Layout
 from capture.writer import Rows, StoreWriter
 from mdlm_interp.errors import StoreError, WriteError
+from tests.capture.interrupts import interrupted
 
 HOOK = "hook_embed"
 LENGTH = 7
@@ -228,3 +230,28 @@ def test_rows_out_of_order_are_refused(tmp_path):
     building = writer(tmp_path / "a.zarr")
     with pytest.raises(StoreError, match=r"row 14 came where 7 was due"):
         write(building, rows(0, 7), rows(14, 21))
+
+
+@pytest.mark.parametrize("slow", ["_write", "_publish"])
+def test_a_close_that_is_interrupted_leaves_no_thread_and_the_next_writer_goes_on(
+    tmp_path, monkeypatch, slow
+):
+    at_work, gate, original = threading.Event(), threading.Event(), getattr(StoreWriter, slow)
+
+    def waiting(self, job):
+        at_work.set()
+        gate.wait(20)
+        original(self, job)
+
+    monkeypatch.setattr(StoreWriter, slow, waiting)
+    before = set(threading.enumerate())
+    building = writer(tmp_path / "a.zarr")
+    for start in (0, 7, 14):
+        building.append(rows(start, start + 7))
+    with pytest.raises(KeyboardInterrupt), interrupted(at_work=at_work, then=gate.set):
+        building.close()
+    begun = set(threading.enumerate()) - before
+    assert [thread.name for thread in begun if thread.name.startswith("capture-")] == []
+    assert len(open_store(tmp_path / "a.zarr")) == (16 if slow == "_publish" else 0)
+    write(writer(tmp_path / "a.zarr"), rows(0, 70))
+    assert torch.equal(open_store(tmp_path / "a.zarr").read(slice(None))[HOOK], acts(0, 70))

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from capture import CaptureConfig, run_capture, schema
 from capture.convert import export_store
-from capture.convert.selection import rechunked
+from capture.convert.selection import rechunked, select
+from capture.sampler_source import SamplerSource
 from mdlm_interp.errors import ConfigError, HookError, StoreError
 from tests.capture.convert.checks import opened
 from tests.capture.stores import HEADS, MLP, SCALE, Plan
@@ -157,3 +159,19 @@ def test_portions_are_cut_to_size_whatever_they_were():
         assert np.array_equal(np.concatenate(parts), values)
         assert 0 < len(parts[-1]) <= size
     assert list(rechunked([], 3)) == []
+
+
+@pytest.mark.parametrize("source", ["text", "sampler"])
+def test_the_size_is_that_of_the_arrays(model_directory, texts, tmp_path, to, source):
+    """Exact: a sampler's store has columns that one of text has not."""
+    given = (
+        {"files": texts, "max_sequences": 9} if source == "text" else {"sampler": SamplerSource(n=3, steps=4)}
+    )
+    out = tmp_path / "run.zarr"
+    store = run_capture(CaptureConfig(model=str(model_directory), out=str(out), length=12, **given))
+    export_store(store, tmp_path / "out", to=to, hooks=["blocks.*"])
+    found = opened(tmp_path / "out")
+    names = [*(f"acts/{hook}" for hook in found.hooks), *(f"rows/{name}" for name in found.row_columns)]
+    sizes = [found.files.array(name).read(0, len(found)).nbytes for name in names]
+    sizes += [found.sequence_column(name).numpy().nbytes for name in schema.SEQUENCE_COLUMNS]
+    assert select(store, hooks=["blocks.*"]).size == sum(sizes)

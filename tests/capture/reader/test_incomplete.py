@@ -1,12 +1,18 @@
 """Of a store that is being written, what is committed reads right and nothing else is there."""
 
+import tracemalloc
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from capture.describe import hook_lines, strata
 from capture.manifest import to_bytes
+from capture.places import Directory
 from capture.reader import ActivationStore
+from capture.schema import STATISTICS
+from capture.store_files import StoreFiles
 from mdlm_interp.errors import StoreError
 from tests.capture.reader.opening import SHARD_ROWS
 from tests.capture.stores import (
@@ -28,6 +34,29 @@ def test_statistics_of_an_incomplete_store_are_those_of_its_committed_rows(tmp_p
     assert count == 256 * shards
     np.testing.assert_allclose(mean.numpy(), acts.mean(axis=0), rtol=0, atol=1e-12)
     np.testing.assert_allclose(mean_square, (acts**2).mean(), rtol=1e-12)
+
+
+def test_what_is_pending_is_read_once_for_the_statistics_of_all_hooks(tmp_path, opened, monkeypatch):
+    """Exact: reads are counted, and the bits are those of sums merged shard after shard."""
+    truth = make_store(tmp_path / "run.zarr", Plan(complete=False, shard_rows=256))
+    original, reads = Directory.read, Counter[str]()
+
+    def counting(place: Directory, path: str) -> bytes | None:
+        reads[path] += 1
+        return original(place, path)
+
+    monkeypatch.setattr(Directory, "read", counting)
+    store = opened(truth.root)
+    assert len(strata(store)) == 10
+    assert len(hook_lines(store)) == len(store.hooks) == 3
+    for hook, moments in truth.moments.items():
+        for name in STATISTICS:
+            # What a caller does with them is the caller's own.
+            getattr(store.statistics(hook), name).zero_()
+            found = getattr(store.statistics(hook), name).numpy()
+            assert np.array_equal(found, moments.arrays()[name], equal_nan=True), (hook, name)
+    pending = {path: count for path, count in reads.items() if path.startswith("pending/")}
+    assert pending == {f"pending/{number}.safetensors": 1 for number in range(4)}
 
 
 def test_only_committed_rows_are_read(partial, opened):
@@ -54,6 +83,26 @@ def test_the_time_of_a_sequence_that_is_not_committed_whole_is_not_known(partial
     assert 0 < known.sum() < SHARD_ROWS
     assert np.array_equal(t[known], partial.t[:SHARD_ROWS][known])
     assert np.isnan(t[~known]).all()
+
+
+def test_the_times_of_a_few_rows_take_no_memory_for_those_of_all_sequences(partial, monkeypatch):
+    """Bounded: a copy of the times of all sequences, 8 MB here, would be made for every few rows."""
+    times, original = np.random.default_rng(0).random(10**6), StoreFiles.sequence_column
+
+    def column(files: StoreFiles, name: str) -> np.ndarray:
+        return times if name == "t" else original(files, name)
+
+    monkeypatch.setattr(StoreFiles, "sequence_column", column)
+    store = ActivationStore(Elsewhere(partial.root))
+    store.coords([0])
+    tracemalloc.start()
+    try:
+        found = store.coords([3, 500])["t"].numpy()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(found, times[partial.columns["seq"][[3, 500]]])
+    assert peak < 10**6, peak
 
 
 @pytest.mark.parametrize("committed", [0, 1])

@@ -43,6 +43,8 @@ def test_everything_reads_back_bit_for_bit(tmp_path, opened, dtype):
     assert np.array_equal(coords["t"].numpy(), truth.t)
     for name, column in truth.sequences.items():
         assert np.array_equal(store.sequence_column(name).numpy(), column), name
+        for part in (slice(2, 7), slice(-3, None), slice(5, 5), slice(7, 2), slice(0, 10**9)):
+            assert np.array_equal(store.sequence_column(name, part).numpy(), column[part]), (name, part)
     for found_tokens, name in zip(store.tokens(), ("x0", "xt"), strict=True):
         assert found_tokens.dtype == torch.int64
         assert np.array_equal(found_tokens.numpy(), truth.sequences[name])
@@ -192,6 +194,8 @@ def test_an_unknown_name_is_refused_with_the_nearest(made):
         assert message in str(caught.value)
     with pytest.raises(StoreError, match=r"has no column 'sigm'; did you mean 'sigma'\?"):
         store.sequence_column("sigm")
+    with pytest.raises(StoreError, match="a slice of sequences must have step 1, got 2"):
+        store.sequence_column("sigma", slice(0, 4, 2))
 
 
 def test_rows_of_a_sequence_and_the_row_of_a_token(made, opened):

@@ -39,7 +39,8 @@ def test_blank_lines_separate_the_documents_of_a_plain_text(write, texts, conten
     ("content", "expected"),
     [
         (f"one\n\nstill one{MARKER}two", ["one\n\nstill one", "two"]),
-        (f"{MARKER}one{MARKER}{MARKER}\n \n{MARKER}two\n{MARKER}\n", ["one", "two"]),
+        (f"{MARKER}one{MARKER}{MARKER}\n \n{MARKER}two\n{MARKER}\n", ["one", "", " ", "two"]),
+        (f" \n{MARKER}one", ["one"]),
         (f"a <|endoftext> b\n\nc{MARKER}", ["a <|endoftext> b\n\nc"]),
     ],
 )
@@ -65,16 +66,18 @@ def test_documents_do_not_depend_on_where_the_file_is_cut_into_pieces(
     path = tmp_path_factory.mktemp("cut") / "a.txt"
     path.write_text(content, encoding="utf-8")
     if MARKER in content:
-        expected = content.split(MARKER)
+        first, *rest, last = content.split(MARKER)
+        expected = [*([first] if first.strip() else []), *rest, *([last] if last.strip() else [])]
     else:
         expected = [""]
         for line in content.split("\n"):
             expected[-1:] = [expected[-1] + line + "\n"] if line.strip() else [expected[-1], ""]
-    expected = [one.strip("\n") for one in expected if one.strip()]
+        expected = [one for one in expected if one.strip()]
+    expected = [one.strip("\n") for one in expected]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(text, "PIECE", piece)
         patched.setattr(compression, "PIECE", piece)
-        if expected:
+        if "".join(expected).strip():
             assert texts(path) == expected
         else:
             with pytest.raises(DataError, match="holds no text"):
@@ -82,21 +85,16 @@ def test_documents_do_not_depend_on_where_the_file_is_cut_into_pieces(
 
 
 def test_json_lines_are_a_document_a_line(write, texts):
-    records = [
-        {"text": "one\n\nstill one"},
-        {"id": 3, "text": f"two {MARKER}"},
-        {"text": " \n"},
-        {"text": "três"},
-    ]
-    content = "\n".join(json.dumps(record) for record in records) + "\n\n"
-    assert texts(write("a.jsonl", content)) == ["one\n\nstill one", f"two {MARKER}", "três"]
+    expected = ["one\n\nstill one", f"two {MARKER}", " \n", "três"]
+    content = "\n".join(json.dumps({"id": 3, "text": text}) for text in expected) + "\n\n"
+    assert texts(write("a.jsonl", content)) == expected
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_a_parquet_file_is_a_document_a_row_of_its_text_column(tmp_path, texts, kind):
     column = pa.array(["one", None, "", "two\n\nstill two"], kind)
     parquet.write_table(pa.table({"id": [1, 2, 3, 4], "text": column}), tmp_path / "a.parquet")
-    assert texts(tmp_path / "a.parquet") == ["one", "two\n\nstill two"]
+    assert texts(tmp_path / "a.parquet") == ["one", "", "two\n\nstill two"]
 
 
 def test_documents_are_numbered_as_paragraphs_lines_and_marks_are(write):
@@ -110,14 +108,18 @@ def test_documents_are_numbered_as_paragraphs_lines_and_marks_are(write):
     assert [(one.text, one.source, one.number, one.before) for one in found] == [
         ("one", 0, 0, 0),
         ("two", 0, 1, 0),
+        ("", 1, 0, 2),
         ("three", 1, 2, 2),
         ("four", 1, 4, 2),
+        (" ", 1, 5, 2),
         ("five", 2, 1, 8),
+        ("", 2, 2, 8),
+        ("", 2, 3, 8),
         ("six", 2, 4, 8),
     ]
-    assert [one.running for one in found] == [0, 1, 4, 6, 9, 12]
-    assert paths[1].read_text().splitlines()[found[2].number] == '{"text": "three"}'
-    assert paths[2].read_text().split(MARKER)[found[5].number] == "six"
+    assert [one.running for one in found] == [0, 1, 2, 4, 6, 7, 9, 10, 11, 12]
+    assert paths[1].read_text().splitlines()[found[3].number] == '{"text": "three"}'
+    assert paths[2].read_text().split(MARKER)[found[-1].number] == "six"
 
 
 def test_documents_are_read_as_they_are_asked_for(write):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from mdlm_interp.documents import blocks as blocks_module
 from mdlm_interp.documents import document_blocks, read_documents, read_texts, token_blocks
 from mdlm_interp.errors import DataError
+from mdlm_interp.tokenizers import END_OF_TEXT
 
 
 def test_every_format_gives_the_same_documents_in_the_same_order(text_format, write, sentences, texts):
@@ -21,7 +24,7 @@ def test_every_format_gives_the_same_documents_in_the_same_order(text_format, wr
 def test_every_format_numbers_documents_by_their_place_empty_ones_counted(
     text_format, write, sentences, token_file, gpt2_tokenizer
 ):
-    """Exact, over two files and beside a file of token ids."""
+    """Exact, over two files and beside a file of token ids, which have the empty ones too."""
     name, content = text_format
     places = [0, 3, 4, 7]
     given = ["" for _ in range(9)]
@@ -33,9 +36,45 @@ def test_every_format_numbers_documents_by_their_place_empty_ones_counted(
         write("3/a.bin", token_file(given, gpt2_tokenizer)),
     ]
     found = list(read_documents(files, gpt2_tokenizer))
-    assert [one.number for one in found] == places * 3
-    assert [one.running for one in found] == [9 * file + place for file in range(3) for place in places]
-    assert [one.text for one in found[:8]] == sentences(4) * 2
+    assert [one.number for one in found] == list(range(9)) * 3
+    assert [one.running for one in found] == list(range(27))
+    assert [one.text for one in found[:18]] == given * 2
+    assert [0 if one.ids is None else len(one.ids) > 0 for one in found[18:]] == [
+        bool(text) for text in given
+    ]
+
+
+def test_places_without_a_document_are_counted_and_no_documents(write, gpt2_tokenizer):
+    """Blank lines, nulls of a table, and what is before a first mark or after a last one."""
+    lines = write("a.jsonl", '\n{"text": "one"}\n \n{"text": ""}\n')
+    table = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"text": [None, "one", None, ""]}), table)
+    rows = write("a.parquet", table.getvalue().to_pybytes())
+    marked = write("a.txt", f"\n{END_OF_TEXT}one{END_OF_TEXT}{END_OF_TEXT}two{END_OF_TEXT}\n")
+    for file, expected in (
+        (lines, [(1, "one"), (3, "")]),
+        (rows, [(1, "one"), (3, "")]),
+        (marked, [(1, "one"), (2, ""), (3, "two")]),
+    ):
+        assert [(one.number, one.text) for one in read_documents([file])] == expected
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_an_empty_document_is_packed_as_upstream_does(
+    text_format, write, sentences, gpt2_tokenizer, monkeypatch, wrap
+):
+    """Exact: it counts in its group and gives an end-of-text."""
+    monkeypatch.setattr(blocks_module, "GROUP_DOCUMENTS", 10)
+    name, content = text_format
+    given = [text for n, one in enumerate(sentences(60)) for text in ([one, ""] if n % 7 == 0 else [one])]
+    end, inner = gpt2_tokenizer.eos_id, 32 - 2 * wrap
+    expected = []
+    for start in range(0, len(given), 10):
+        flat = [token for text in given[start : start + 10] for token in [*gpt2_tokenizer.encode(text), end]]
+        cuts = [flat[at : at + inner] for at in range(0, len(flat) - inner + 1, inner)]
+        expected += [[end, *cut, end] if wrap else cut for cut in cuts]
+    found = token_blocks(read_documents([write(name, content(given))]), gpt2_tokenizer, 32, wrap=wrap)
+    assert [block.ids.tolist() for block in found] == expected
 
 
 @pytest.mark.parametrize("cut", [token_blocks, document_blocks])

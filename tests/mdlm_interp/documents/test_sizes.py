@@ -92,6 +92,15 @@ def test_other_columns_of_a_parquet_file_do_not_count(tmp_path, sentences):
     )
 
 
+def test_places_without_a_document_have_no_bytes(write):
+    """Exact: blank lines, and nulls of an Arrow file."""
+    assert text_bytes([write("a.jsonl", '\n{"text": "é"}\n\n{"text": ""}\n')]) == TextSize(2, True, 0)
+    stream, table = io.BytesIO(), pa.table({"text": pa.array([None, "é", None, ""], pa.string())})
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    assert text_bytes([write("a.arrow", stream.getvalue())]) == TextSize(2, True, 0)
+
+
 def test_what_cannot_be_read_is_an_error_here_too(write, formats, sentences):
     whole = formats["a.jsonl.gz"](sentences(20))
     cut = write("a.jsonl.gz", whole[:-9])

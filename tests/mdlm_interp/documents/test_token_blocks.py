@@ -208,7 +208,7 @@ def test_a_text_that_became_shorter_than_the_start_is_refused(gpt2_tokenizer, cu
     with pytest.raises(DataError) as caught:
         list(cut(documents, gpt2_tokenizer, 8, start=StreamPosition(2000, 7)))
     assert str(caught.value) == (
-        "the text has 1500 documents with text, and the place to continue from is after 2000; "
+        "the text has 1500 documents, and the place to continue from is after 2000; "
         "keep the files as they were"
     )
 

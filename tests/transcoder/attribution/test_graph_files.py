@@ -63,7 +63,7 @@ def drop_a_tensor(directory):
         (lambda directory: (directory / TENSORS).unlink(), "has no graph.safetensors"),
         (lambda directory: (directory / SETTINGS).unlink(), "is it an attribution graph?"),
         (lambda directory: (directory / SETTINGS).write_text("{"), "not valid JSON"),
-        (change_settings(format="x"), "is not the settings of a graph"),
+        (change_settings(format="x"), "is not the settings of an attribution graph"),
         (change_settings(version=2), "has version 2, this program reads 1"),
         (change_settings(mask_id="x"), "mask_id must be int, got 'x'"),
         (change_settings(n_layers=4), r"a graph of \d+ nodes has edges"),
