@@ -11,6 +11,7 @@ import zarr
 from capture import manifest as manifests
 from capture import schema
 from capture.manifest import Manifest
+from capture.metadata import read_metadata
 from capture.places import Place
 from capture.store_files import StoreFiles, read_manifest
 from mdlm_interp.errors import OutputExistsError, StoreError
@@ -47,8 +48,8 @@ def begun(place: Place, attributes: Mapping[str, Any], rank: int, world_size: in
         raise OutputExistsError(
             f"{place.name} exists and is no activation store; choose another --out, or remove it first"
         )
-    header = dict(zarr.open_group(place.zarr_store(), mode="r").attrs)
-    if header.get("format") != schema.FORMAT:
+    header = read_metadata(place).get("attributes")
+    if not isinstance(header, dict) or header.get("format") != schema.FORMAT:
         raise OutputExistsError(
             f"{place.name} exists and is another program's; choose another --out, or remove it first"
         )

@@ -25,7 +25,7 @@ def grow(place: Place, layout: schema.Layout, rows: int) -> None:
     """Give the arrays at least this many rows."""
     with place.lock("shape", wait=True):
         for path in row_arrays(layout):
-            metadata = _metadata(place, path)
+            metadata = read_metadata(place, path)
             if metadata["shape"][0] < rows:
                 _reshape(place, path, metadata, rows)
 
@@ -33,7 +33,7 @@ def grow(place: Place, layout: schema.Layout, rows: int) -> None:
 def set_rows(place: Place, layout: schema.Layout, rows: int) -> None:
     """Give the arrays exactly this many rows."""
     for path in row_arrays(layout):
-        metadata = _metadata(place, path)
+        metadata = read_metadata(place, path)
         if metadata["shape"][0] != rows:
             _reshape(place, path, metadata, rows)
 
@@ -56,7 +56,7 @@ def check_arrays(place: Place, layout: schema.Layout, rows: int) -> tuple[int, i
         content = place.read(path)
         if content is None:
             raise StoreError(f"{place.name}/{path} is missing; {REMEDY}")
-        expected, found = json.loads(buffer.to_bytes()), _parsed(place, path, content)
+        expected, found = json.loads(buffer.to_bytes()), parsed(f"{place.name}/{path}", content)
         if "shape" in expected:
             given = found.get("shape")
             if isinstance(given, list) and given and type(given[0]) is int and given[0] > rows:
@@ -70,20 +70,29 @@ def check_arrays(place: Place, layout: schema.Layout, rows: int) -> tuple[int, i
     return len(made), size
 
 
-def _metadata(place: Place, path: str) -> dict[str, Any]:
-    content = place.read(f"{path}/zarr.json")
+def read_metadata(place: Place, node: str = "") -> dict[str, Any]:
+    """The zarr.json of an array, or of the store itself."""
+    path = f"{node}/zarr.json" if node else "zarr.json"
+    content = place.read(path)
     if content is None:
-        raise StoreError(f"{place.name}/{path}/zarr.json is missing; {REMEDY}")
-    return _parsed(place, f"{path}/zarr.json", content)
+        raise StoreError(f"{place.name}/{path} is missing; {REMEDY}")
+    return parsed(f"{place.name}/{path}", content)
 
 
-def _parsed(place: Place, path: str, content: bytes) -> dict[str, Any]:
+def parsed(name: str, content: bytes) -> dict[str, Any]:
+    """The object that a zarr.json holds.
+
+    Args:
+        name: What an error calls the file.
+    Raises:
+        StoreError: If it holds none.
+    """
     try:
         found = json.loads(content.decode("utf-8"))
     except ValueError as error:
-        raise StoreError(f"{place.name}/{path} is damaged ({error}); {REMEDY}") from None
+        raise StoreError(f"{name} is damaged ({error}); {REMEDY}") from None
     if not isinstance(found, dict):
-        raise StoreError(f"{place.name}/{path} is damaged (no JSON object); {REMEDY}")
+        raise StoreError(f"{name} is damaged (no JSON object); {REMEDY}")
     return found
 
 

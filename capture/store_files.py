@@ -10,7 +10,6 @@ the manifest has the SHA-256 of every zarr.json, and the columns of `seqs` are a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +21,7 @@ from safetensors.numpy import load
 from capture import manifest as manifests
 from capture import schema
 from capture.manifest import MANIFEST, Manifest, Shard
+from capture.metadata import parsed
 from capture.open_files import REMEDY, FileCache, remedy_for
 from capture.places import Directory, Place
 from capture.row_files import RowFiles, array_layout
@@ -136,13 +136,7 @@ class StoreFiles:
         recorded = self.manifest.files.get(path)
         if recorded is not None and hashlib.sha256(content).hexdigest() != recorded:
             raise StoreError(f"{name} is damaged (its SHA-256 is not the one in {MANIFEST}); {REMEDY}")
-        try:
-            metadata = json.loads(content.decode("utf-8"))
-        except ValueError as error:
-            raise StoreError(f"{name} is damaged ({error}); {REMEDY}") from None
-        if not isinstance(metadata, dict):
-            raise StoreError(f"{name} is damaged (no JSON object); {REMEDY}")
-        return metadata
+        return parsed(name, content)
 
     def array(self, path: str) -> RowArray:
         """An array by its path in the store, opened once."""

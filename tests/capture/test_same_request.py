@@ -183,16 +183,16 @@ def test_what_is_damaged_of_a_begun_store_is_told_before_any_row_is_made(begun, 
 
 @pytest.mark.parametrize("what", ["file", "directory", "other seed", "other ranks"])
 def test_a_dry_run_tells_what_is_in_the_way(begun, tmp_path, what):
-    changes = {
-        "file": {"out": str(begun.files[0])},
-        "directory": {"out": str(tmp_path)},
-        "other seed": {"seed": 6},
-        "other ranks": {"rank": 0, "world_size": 2},
+    asked = {
+        "file": replace(begun, out=str(begun.files[0])),
+        "directory": replace(begun, out=str(tmp_path)),
+        "other seed": replace(begun, seed=6),
+        "other ranks": replace(begun, rank=0, world_size=2),
     }[what]
     messages = []
     for call in (dry_run, run_capture):
         with pytest.raises((OutputExistsError, StoreError)) as caught:
-            call(replace(begun, **changes))
+            call(asked)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     dry_run(begun)
