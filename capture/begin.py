@@ -18,7 +18,7 @@ from mdlm_interp.errors import OutputExistsError, StoreError
 
 SAME_STACK = ("device", "threads", "cpu", "versions.torch", "versions.numpy", "native_bits")
 """Of the provenance: what changes the rounding of native activations."""
-SAME_ALWAYS = ("weights_sha256", "tokenizer_sha256", "sources", "schedule")
+SAME_ALWAYS = ("weights_sha256", "tokenizer_sha256", "sources", "packing", "schedule")
 
 
 def begin(
@@ -108,7 +108,7 @@ def refuse_another(
     before, now = header["provenance"], attributes["provenance"]
     for key in SAME_ALWAYS:
         if before.get(key) != now.get(key):
-            raise _another(name, key, before.get(key), now.get(key), "choose another --out")
+            raise _another(name, key, before.get(key), now.get(key), _remedy(key, before.get(key)))
     if asked["arithmetic"] == "native" and not complete:
         for key in SAME_STACK:
             if item(before, key) != item(now, key):
@@ -122,6 +122,10 @@ def item(record: Mapping[str, Any], key: str) -> Any:
 
 
 def _remedy(key: str, before: Any) -> str:
+    if before is None:
+        return "an earlier version of this package began it; go on with that one, or choose another --out"
+    if key in SAME_ALWAYS:
+        return "choose another --out"
     if key == "native_bits":
         return (
             "this machine rounds otherwise, by its processor or by settings such as MKL_CBWR; go on where it was "

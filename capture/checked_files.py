@@ -73,7 +73,8 @@ def check_begun(place: Place, manifest: Manifest, layout: schema.Layout) -> tupl
     files.metadata()
     count, size = check_arrays(place, layout, max(1, manifest.committed_rows))
     root = place.read("zarr.json") or b""
-    pending = [len(files.pending_content(shard)) for shard in manifest.shards]
+    with ThreadPoolExecutor(READERS) as pool:
+        pending = list(pool.map(lambda shard: len(files.pending_content(shard)), manifest.shards))
     return count + 1 + len(pending), size + len(root) + sum(pending)
 
 

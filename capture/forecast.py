@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from math import ceil
 from statistics import fmean
 from time import perf_counter
@@ -17,7 +17,7 @@ from capture.places import Place
 from capture.plan import Batch, expected_share
 from capture.request import Request, forward_of_request, prepared
 from capture.shards import CRC_BYTES
-from mdlm_interp.documents import read_documents, text_bytes
+from mdlm_interp.documents import Document, read_documents, text_bytes
 from mdlm_interp.errors import StoreError
 from mdlm_interp.tokenizers import Tokenizer
 
@@ -148,7 +148,7 @@ def pending_bytes(layout: schema.Layout, rows: int, sequences: int) -> int:
 def _expected_blocks(config: CaptureConfig, tokenizer: Tokenizer) -> tuple[float, list[int]]:
     """Blocks of all the text, from the tokens in its first documents and its size; and lengths like theirs."""
     assert config.length is not None
-    sample = list(islice(read_documents(config.files, tokenizer), SAMPLE_DOCUMENTS))
+    sample = list(_sample(read_documents(config.files, tokenizer)))
     texts = [document.text for document in sample if document.ids is None]
     coded = [len(ids) for ids in tokenizer.encode_batch(texts)]
     counts = [*coded, *(len(document.ids) for document in sample if document.ids is not None)]
@@ -160,6 +160,14 @@ def _expected_blocks(config: CaptureConfig, tokenizer: Tokenizer) -> tuple[float
         lengths = [min(count + around, config.length) for count in counts if count]
         return tokens * len(lengths) / max(1, sum(counts) + len(counts)), lengths or [config.length]
     return tokens / (config.length - around), [config.length]
+
+
+def _sample(documents: Iterator[Document]) -> Iterator[Document]:
+    """The first SAMPLE_DOCUMENTS with text, and those without that are between them."""
+    with_text = 0
+    while with_text < SAMPLE_DOCUMENTS and (document := next(documents, None)) is not None:
+        with_text += bool(document.text if document.ids is None else len(document.ids))
+        yield document
 
 
 def refuse_full_disk(place: Place, expected: Forecast, committed_rows: int) -> None:

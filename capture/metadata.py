@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import zarr
@@ -13,6 +14,9 @@ from capture import schema
 from capture.open_files import REMEDY
 from capture.places import Place
 from mdlm_interp.errors import StoreError
+
+READERS = 8
+"""Small files that are read at a time: a service takes its time for each."""
 
 
 def row_arrays(layout: schema.Layout) -> Iterator[str]:
@@ -46,14 +50,15 @@ def check_arrays(place: Place, layout: schema.Layout, rows: int) -> tuple[int, i
     Returns:
         (files, bytes) compared.
     Raises:
-        StoreError: If a file is missing or says anything else.
+        StoreError: If a file is missing or says anything else. Other versions may have made it so.
     """
     made: dict[str, Any] = {}
     schema.create_row_arrays(zarr.create_group(MemoryStore(made)), layout, rows)
     del made["zarr.json"]
     size = 0
-    for path, buffer in made.items():
-        content = place.read(path)
+    with ThreadPoolExecutor(READERS) as pool:
+        contents = list(pool.map(place.read, made))
+    for (path, buffer), content in zip(made.items(), contents, strict=True):
         if content is None:
             raise StoreError(f"{place.name}/{path} is missing; {REMEDY}")
         expected, found = json.loads(buffer.to_bytes()), parsed(f"{place.name}/{path}", content)
@@ -64,7 +69,8 @@ def check_arrays(place: Place, layout: schema.Layout, rows: int) -> tuple[int, i
         if found != expected:
             wrong = next(key for key in {**expected, **found} if found.get(key) != expected.get(key))
             raise StoreError(
-                f"{place.name}/{path} is damaged (another {wrong} than it was made with); {REMEDY}"
+                f"{place.name}/{path} has another {wrong} than this version of zarr and of this package write; go on "
+                f"with those that began the store, or {REMEDY}"
             )
         size += len(content)
     return len(made), size

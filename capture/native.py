@@ -47,7 +47,7 @@ def native_bits(model: HookedMDLM, length: int, threads: int) -> str:
 
 def refuse_rounded_factors(device: torch.device) -> None:
     """Raise ConfigError if torch was told to round the factors of float32 products to fewer digits (TF32, bfloat16)."""
-    value = torch.full((SIDE, SIDE), 1 + 2.0**-20, device=device)
+    value = torch.full((SIDE, SIDE), 1 + 2.0**-11 + 2.0**-23, device=device)
     if not torch.equal(value @ torch.eye(SIDE, device=device), value):
         raise ConfigError(
             f"a capture needs float32 products, and torch was told to round their factors on {device.type}; call "

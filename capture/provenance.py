@@ -16,6 +16,7 @@ from capture.sources import Sources
 from mdlm_interp import __version__
 from mdlm_interp.checkpoints import weights_sha256
 from mdlm_interp.diffusion import MIN_TIME, LogLinearSchedule
+from mdlm_interp.documents import PACKING
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.tokenizers import Tokenizer
 
@@ -40,6 +41,7 @@ def provenance(
     return {
         **model_record(model_directory, model, tokenizer),
         "sources": (sources or Sources(config.files)).record(),
+        "packing": PACKING,
         "seed": config.seed,
         "schedule": {"name": "log-linear", "eps": schedule.eps, "min_time": MIN_TIME},
         # Native rounding differs between batch shapes, thread counts and instruction sets; nothing else does.

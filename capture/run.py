@@ -21,22 +21,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from capture import manifest as manifests
 from capture.begin import begin, begun
 from capture.checked_files import check_begun
 from capture.config import CaptureConfig
 from capture.finish import clean, done_name, finish, has_leftovers
 from capture.forecast import Forecast, forecast, refuse_full_disk, with_time
 from capture.forward import Forward
+from capture.manifest import Manifest
 from capture.passes import Passes
 from capture.places import Place, place_of
 from capture.plan import SCHEDULE, Batch
 from capture.provenance import provenance
 from capture.reader import ActivationStore, open_store
 from capture.request import Request, forward_of_request, prepared
+from capture.schema import Layout
 from capture.sources import Sources, refuse_repeated
 from capture.store_files import read_manifest
 from capture.writer import Rows, StoreWriter
+from mdlm_interp.errors import StoreError
 
 
 def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationStore:
@@ -66,10 +68,8 @@ def run_capture(config: CaptureConfig, *, progress: bool = False) -> ActivationS
     if not manifest.complete:
         with place.lock(f"rank-{request.rank}"):
             # Another process may have committed between reading the manifest and taking the lock.
-            manifest = made()
+            manifest = _checked(place, made(), request.layout)
             if not manifest.complete:
-                # Rather than at the end, after hours.
-                check_begun(place, manifest, request.layout)
                 if progress and request.rank == 0:
                     sys.stderr.write(f"{place.name}: {with_time(expected, request, possible.forward)}\n")
                 rows = _write(place, possible, manifest, progress)
@@ -110,6 +110,9 @@ def _possible(place: Place, config: CaptureConfig) -> _Possible:
     forward = forward_of_request(request)
     refuse_repeated(request.config.files)
     expected = forecast(request.config, request.tokenizer, request.layout)
+    whole = begun_manifest(place)
+    if not config.any_disk and not (whole and whole.complete):
+        refuse_full_disk(place, expected, whole.committed_rows if whole else 0)
     sources = Sources(request.config.files)
     sources.refuse_same_content()
     attributes = {
@@ -124,18 +127,36 @@ def _possible(place: Place, config: CaptureConfig) -> _Possible:
             threads=request.shares.threads,
         ),
     }
-    whole = None
     if place.exists():
         begun(place, attributes, request.rank, request.world_size)
-        whole = read_manifest(place)
-    if not config.any_disk and not (whole and whole.complete):
-        refuse_full_disk(place, expected, whole.committed_rows if whole else 0)
     return _Possible(
         request=request, expected=expected, forward=forward, sources=sources, attributes=attributes
     )
 
 
-def _write(place: Place, possible: _Possible, manifest: manifests.Manifest, progress: bool) -> int:
+def _checked(place: Place, manifest: Manifest, layout: Layout) -> Manifest:
+    """What is committed, with what its end will need: rather told now than then, after hours."""
+    try:
+        if not manifest.complete:
+            check_begun(place, manifest, layout)
+    except StoreError:
+        # The last of the ranks may have completed the store meanwhile, and removed what only its end needed.
+        whole = begun_manifest(place)
+        if whole is None or not whole.complete:
+            raise
+        return whole
+    return manifest
+
+
+def begun_manifest(place: Place) -> Manifest | None:
+    """What is committed of the store already, if there is one."""
+    try:
+        return read_manifest(place) if place.exists() else None
+    except StoreError:  # something else is there, which `begun` refuses
+        return None
+
+
+def _write(place: Place, possible: _Possible, manifest: Manifest, progress: bool) -> int:
     """Run and commit what this rank has not committed yet; rows of the whole store."""
     request, sources = possible.request, possible.sources
     layout = request.layout
@@ -174,7 +195,7 @@ def _jobs(
 
 
 @contextmanager
-def _writing(place: Place, request: Request, manifest: manifests.Manifest) -> Iterator[StoreWriter]:
+def _writing(place: Place, request: Request, manifest: Manifest) -> Iterator[StoreWriter]:
     """A writer that commits everything at the end, or stops at once on an error."""
     writer = StoreWriter(place, request.layout, manifest, rank=request.rank, world_size=request.world_size)
     try:
@@ -201,6 +222,6 @@ def batch_rows(
     )
 
 
-def _bar(request: Request, manifest: manifests.Manifest, progress: bool) -> Any:
+def _bar(request: Request, manifest: Manifest, progress: bool) -> Any:
     quiet = not progress or request.rank != 0 or not sys.stderr.isatty()
     return tqdm(total=manifest.planned_rows, unit="row", unit_scale=True, disable=quiet)

@@ -13,6 +13,7 @@ error.
 from mdlm_interp.documents.blocks import (
     BETWEEN,
     GROUP_DOCUMENTS,
+    PACKING,
     StreamPosition,
     TokenBlock,
     document_blocks,
@@ -36,5 +37,6 @@ __all__ = [
     "document_blocks",
     "BETWEEN",
     "GROUP_DOCUMENTS",
+    "PACKING",
     "prefetched",
 ]

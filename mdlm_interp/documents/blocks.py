@@ -24,6 +24,9 @@ from mdlm_interp.tokenizers import Tokenizer
 GROUP_DOCUMENTS = 1000
 """Documents that upstream concatenates before cutting (its datasets.map batch)."""
 
+PACKING = 2
+"""Number of the rules by which documents become blocks; 1 passed over those without text."""
+
 BATCH_DOCUMENTS = 128
 """Documents given to the tokenizer at once, at most: its own record of a token takes a hundred bytes."""
 

@@ -86,6 +86,4 @@ def _in_form(documents: Iterator[Document], form: TextForm) -> Iterator[Document
             raise DataError(
                 f"a file of token ids has no text to bring into another form than raw, got {form!r}; name the text"
             )
-        text = detokenised(document.text, form)
-        if text and not text.isspace():
-            yield replace(document, text=text)
+        yield replace(document, text=detokenised(document.text, form))

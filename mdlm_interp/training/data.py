@@ -75,12 +75,13 @@ class EncodedDocument:
 def encoded_documents(
     files: Sequence[Path], tokenizer: Tokenizer, held_out_share: float
 ) -> Iterator[EncodedDocument]:
-    """Tokenise the files' documents; a held-out one that repeats is passed over.
+    """Tokenise the files' documents; a held-out one that repeats is passed over, and so is one without text.
 
     In a file of token ids (.bin) a document's side is that of the text that its ids stand for.
     """
     seen: set[bytes] = set()
-    for documents in _batches(read_documents(files, tokenizer)):
+    with_text = (one for one in read_documents(files, tokenizer) if _has_text(one))
+    for documents in _batches(with_text):
         for text, ids in _encoded(documents, tokenizer):
             held_out = is_held_out(text, held_out_share)
             digest = hashlib.sha256(text.encode()).digest()
@@ -88,6 +89,10 @@ def encoded_documents(
                 continue
             seen.add(digest)
             yield EncodedDocument(np.array([*ids, tokenizer.eos_id], np.uint16), held_out, len(text.encode()))
+
+
+def _has_text(document: Document) -> bool:
+    return bool(document.text.strip() if document.ids is None else len(document.ids))
 
 
 def read_streams(files: Sequence[Path], tokenizer: Tokenizer, held_out_share: float) -> TokenStreams:

@@ -233,3 +233,14 @@ def test_documents_are_forecast_at_their_own_lengths(config, tmp_path, changes):
     config = replace(config, files=(file,), pack="documents", max_sequences=None, **changes)
     expected, store = forecast_capture(config), run_capture(config)
     assert (expected.sequences, expected.rows) == (60, len(store))
+
+
+@pytest.mark.parametrize("pack", ["blocks", "documents"])
+def test_documents_without_text_are_no_sample_of_the_others(config, tmp_path, pack):
+    """Exact for documents; within a tenth for blocks, of which the last ones of a group are left out."""
+    file = tmp_path / "documents.jsonl"
+    text = json.dumps({"text": "the old fox sees a red river " * 4})
+    file.write_text('{"text": ""}\n' * 300 + f"{text}\n" * 250)
+    config = replace(config, files=(file,), pack=pack, max_sequences=None)
+    expected, store = forecast_capture(config), run_capture(config)
+    assert expected.sequences == pytest.approx(store.n_sequences, rel=0 if pack == "documents" else 0.1)

@@ -5,11 +5,13 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from capture import CaptureConfig, forecast_capture, open_store, run_capture
+from capture.checked_files import check_begun
 from capture.forward import Forward
 from capture.native import native_bits
 from capture.provenance import provenance
@@ -19,10 +21,11 @@ from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import ConfigError, OutputExistsError, StoreError
 from mdlm_interp.tokenizers import load_tokenizer
 
-CHANGES = {
+CHANGES: dict[str, Any] = {
     "weights_sha256": "f" * 64,
     "tokenizer_sha256": "f" * 64,
     "sources": [],
+    "packing": None,
     "schedule": {"name": "cosine"},
     "device": "NVIDIA H200",
     "threads": 97,
@@ -34,17 +37,15 @@ CHANGES = {
 ROUNDING = ("device", "threads", "cpu", "versions.torch", "versions.numpy", "native_bits")
 
 
-@pytest.fixture
-def begun(config: CaptureConfig, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> CaptureConfig:
-    """A capture of 64 of 504 rows or more, interrupted."""
-    config = replace(config, batch_size=4, forwards=1)
+def interrupted(config: CaptureConfig, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Begin a capture, and interrupt it instead of the numbered pass of the model."""
     with monkeypatch.context() as patch:
         original, calls = HookedMDLM.forward, 0
 
         def failing(self, *args, **kwargs):
             nonlocal calls
             calls += 1
-            if calls == 6:
+            if calls == call:
                 raise KeyboardInterrupt
             return original(self, *args, **kwargs)
 
@@ -52,6 +53,14 @@ def begun(config: CaptureConfig, small_shards: None, monkeypatch: pytest.MonkeyP
         with pytest.raises(KeyboardInterrupt):
             run_capture(config)
     assert not open_store(config.out).complete
+
+
+@pytest.fixture
+def begun(config: CaptureConfig, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> CaptureConfig:
+    """An interrupted capture of 504 rows, some of them committed."""
+    config = replace(config, batch_size=4, forwards=1)
+    interrupted(config, monkeypatch, 6)
+    assert len(open_store(config.out))
     return config
 
 
@@ -97,11 +106,11 @@ def test_what_only_rounds_otherwise_may_find_a_complete_store(config, monkeypatc
 
 
 @pytest.mark.parametrize("key", ROUNDING)
-def test_exact_rows_go_on_anywhere(config, monkeypatch, key):
-    config = replace(config, arithmetic="exact", max_sequences=2)
-    run_capture(config)
+def test_exact_rows_go_on_anywhere(config, small_shards, monkeypatch, key):
+    exact = replace(config, arithmetic="exact", batch_size=4, max_sequences=12)
+    interrupted(exact, monkeypatch, 3)
     with_change(monkeypatch, key)
-    run_capture(config)
+    assert run_capture(exact).complete
 
 
 def test_other_weights_are_refused(begun):
@@ -197,3 +206,23 @@ def test_a_dry_run_tells_what_is_in_the_way(begun, tmp_path, what):
     assert messages[0] == messages[1]
     dry_run(begun)
     assert not open_store(begun.out).complete
+
+
+def test_a_store_that_another_rank_completes_meanwhile_is_no_damage(config, monkeypatch):
+    """A rank that is run again reads what is pending while the last one removes it."""
+    run_capture(replace(config, rank=0, world_size=2))
+
+    def late(*args):
+        monkeypatch.setattr("capture.run.check_begun", check_begun)
+        assert run_capture(replace(config, rank=1, world_size=2)).complete
+        return check_begun(*args)
+
+    monkeypatch.setattr("capture.run.check_begun", late)
+    assert run_capture(replace(config, rank=0, world_size=2)).complete
+
+
+def test_stores_that_do_not_say_how_they_round_are_compared_by_what_they_say(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("capture.provenance.native_bits", lambda *_: None)
+        store = run_capture(config)
+    assert verify_rows(store, None, batches=2).bitwise
