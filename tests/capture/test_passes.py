@@ -239,6 +239,8 @@ def test_an_interrupted_capture_waits_for_no_more_than_a_block(
     block, shutdown = Block.forward, ThreadPoolExecutor.shutdown
 
     def held(self, *args):
+        if not threading.current_thread().name.startswith("capture-forward"):
+            return block(self, *args)  # of the probe of native bits
         if not shut.is_set():
             inside.wait(60)
             assert shut.wait(60)
