@@ -169,9 +169,21 @@ def test_a_flipped_bit_in_any_file_of_an_incomplete_store_is_found(incomplete):
     ("node", "change", "message"),
     [
         ("", lambda found: found["attributes"]["config"].update(seed=7), "its SHA-256 is not the one in"),
-        ("rows/pos", lambda found: found.update(fill_value=0), "has another fill_value than this version of zarr"),
-        ("rows/pos", lambda found: found["shape"].__setitem__(0, 63), "has another shape than this version of zarr"),
-        ("acts", lambda found: found["attributes"].update(x=1), "has another attributes than this version of zarr"),
+        (
+            "rows/pos",
+            lambda found: found.update(fill_value=0),
+            "has another fill_value than this version of zarr",
+        ),
+        (
+            "rows/pos",
+            lambda found: found["shape"].__setitem__(0, 63),
+            "has another shape than this version of zarr",
+        ),
+        (
+            "acts",
+            lambda found: found["attributes"].update(x=1),
+            "has another attributes than this version of zarr",
+        ),
     ],
 )
 def test_other_metadata_of_an_incomplete_store_is_found(incomplete, node, change, message):
