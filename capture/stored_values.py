@@ -17,7 +17,8 @@ def native(values: NDArray[Any]) -> NDArray[Any]:
 
 def floats(values: NDArray[Any]) -> Tensor:
     """Stored activations as float32."""
-    if values.dtype == np.float32:  # in this machine's byte order, the usual case
+    dtype = values.dtype
+    if dtype.char == "f" and dtype.isnative:  # the usual case, told without making types to compare
         return torch.from_numpy(values)
     values = native(values)
     if values.itemsize == 4:
