@@ -11,9 +11,9 @@ import zarr
 from capture import manifest as manifests
 from capture import schema
 from capture.manifest import Manifest
-from capture.metadata import read_metadata
+from capture.metadata import made_here, read_metadata, read_whole
 from capture.places import Place
-from capture.store_files import StoreFiles, read_manifest
+from capture.store_files import read_manifest
 from mdlm_interp.errors import OutputExistsError, StoreError
 
 SAME_STACK = ("device", "threads", "cpu", "versions.torch", "versions.numpy", "native_bits")
@@ -43,20 +43,18 @@ def begin(
 
 def begun(place: Place, attributes: Mapping[str, Any], rank: int, world_size: int) -> Manifest:
     """The same of a place where something is; writes nothing."""
-    names = place.names()
-    if "zarr.json" not in names or not any(name.startswith("manifest.") for name in names):
+    try:
+        whole = read_manifest(place)
+    except StoreError:
+        if made_here(place):
+            raise
         raise OutputExistsError(
             f"{place.name} exists and is no activation store; choose another --out, or remove it first"
-        )
-    header = read_metadata(place).get("attributes")
-    if not isinstance(header, dict) or header.get("format") != schema.FORMAT:
-        raise OutputExistsError(
-            f"{place.name} exists and is another program's; choose another --out, or remove it first"
-        )
-    manifests.check_version(header.get("schema_version"), f"{place.name}/zarr.json")
-    whole = read_manifest(place)
-    header = StoreFiles(place, whole).metadata()["attributes"]
-    refuse_another(place.name, header, attributes, complete=whole.complete)
+        ) from None
+    header = read_metadata(place, files=whole.files).get("attributes")
+    refuse_another(
+        place.name, header if isinstance(header, dict) else {}, attributes, complete=whole.complete
+    )
     if whole.complete:
         return whole
     own = place.read(manifests.rank_manifest(rank, world_size))
@@ -66,7 +64,7 @@ def begun(place: Place, attributes: Mapping[str, Any], rank: int, world_size: in
     whole = read_manifest(place)
     if whole.complete:
         return whole
-    before = manifests.world_size_of(names) or 1
+    before = manifests.world_size_of(place.names()) or 1
     raise StoreError(
         f"{place.name} was begun by {before} process{'es' if before > 1 else ''} and is not complete; go on with "
         f"--world-size {before}, got {world_size}"
@@ -84,7 +82,7 @@ def _make(
     }
     group = zarr.create_group(place.zarr_store(), attributes={**header, **attributes})
     schema.create_row_arrays(group, layout, planned_rows)
-    root = place.read("zarr.json") or b""
+    root = read_whole(place, "zarr.json")
     empty = Manifest(
         length=layout.length,
         shard_rows=layout.shard_rows,

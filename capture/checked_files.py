@@ -12,7 +12,7 @@ import numpy as np
 from capture import schema
 from capture.finish import file_hashes
 from capture.manifest import Manifest, Shard
-from capture.metadata import check_arrays
+from capture.metadata import check_arrays, read_whole
 from capture.open_files import REMEDY
 from capture.places import Place
 from capture.reader import ActivationStore
@@ -72,7 +72,7 @@ def check_begun(place: Place, manifest: Manifest, layout: schema.Layout) -> tupl
     files = StoreFiles(place, manifest)
     files.metadata()
     count, size = check_arrays(place, layout, max(1, manifest.committed_rows))
-    root = place.read("zarr.json") or b""
+    root = read_whole(place, "zarr.json")
     with ThreadPoolExecutor(READERS) as pool:
         pending = list(pool.map(lambda shard: len(files.pending_content(shard)), manifest.shards))
     return count + 1 + len(pending), size + len(root) + sum(pending)
@@ -84,13 +84,13 @@ def _verify_shard(store: ActivationStore, layout: schema.Layout, shard: Shard) -
     size = 0
     for hook, row in layout.shapes.items():
         path = schema.file_of(f"acts/{hook}", 1 + len(row), number)
-        content = _content(place, path)
+        content = read_whole(place, path)
         chunks = -(-(shard.rows[1] - shard.rows[0]) // schema.CHUNK_ROWS)
         checksums[f"acts/{hook}"] = _chunks(place, path, content, layout.shard_shape(hook), chunks)
         size += len(content)
     for name, column in layout.row_columns.items():
         path = schema.file_of(f"rows/{name}", 1, number)
-        content = _content(place, path)
+        content = read_whole(place, path)
         if len(content) != layout.shard_rows * np.dtype(column.dtype).itemsize + CRC_BYTES:
             raise _damaged(place, path, f"it has {len(content)} bytes")
         checksums[f"rows/{name}"] = [_checked(place, path, memoryview(content), "its only chunk")]
@@ -123,13 +123,6 @@ def _checked(place: Place, path: str, chunk: memoryview, which: str) -> int:
     if computed != int.from_bytes(chunk[-CRC_BYTES:], "little"):
         raise _damaged(place, path, f"the checksum of {which} does not match")
     return int(computed)
-
-
-def _content(place: Place, path: str) -> bytes:
-    content = place.read(path)
-    if content is None:
-        raise StoreError(f"{place.name}/{path} is missing; {REMEDY}")
-    return content
 
 
 def _damaged(place: Place, path: str, reason: str) -> StoreError:

@@ -133,7 +133,7 @@ def verify(argv: Sequence[str]) -> int:
     store = open_store(config.store, endpoint=config.endpoint)
     exported = isinstance(store, ExportedStore)
     with tqdm(
-        total=store.bytes_on_disk if exported else store.manifest.committed_rows,
+        total=store.bytes_on_disk if exported else store.manifest.present_rows,
         unit="B" if exported else "row",
         unit_scale=True,
         disable=not sys.stderr.isatty(),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from math import sqrt
+from typing import Any
 
 from capture.forecast import bytes_text
 from capture.reader import ActivationStore
@@ -79,5 +81,14 @@ def described(store: ActivationStore) -> list[str]:
         f"{source}, seed {record['seed']}, {schedule['name']} schedule with eps {schedule['eps']:g}",
         f"{record['arithmetic']} arithmetic on {record['device']}, batches of {batch} x {length}, "
         f"{threads}, {record['cpu']['machine']} {record['cpu']['capability']}",
+        *_numbered(record),
         versions,
     ]
+
+
+def _numbered(record: Mapping[str, Any]) -> Iterator[str]:
+    """What has no name, and is compared all the same before a capture goes on."""
+    if record.get("packing") is not None:
+        yield f"packing rules {record['packing']}"
+    if record.get("native_bits") is not None:
+        yield f"native arithmetic gave {record['native_bits']} for fixed tokens"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from capture import manifest as manifests
 from capture import schema
 from capture.manifest import MANIFEST
-from capture.metadata import set_rows
+from capture.metadata import read_whole, set_rows
 from capture.places import LOCK, Place
 from capture.store_files import StoreFiles, read_manifest
 from mdlm_interp.errors import StoreError
@@ -78,7 +78,7 @@ def file_hashes(place: Place) -> dict[str, tuple[str, int]]:
     kept = [path for path in place.files() if not _temporary(path) and not _is_shard(path)]
 
     def digest(path: str) -> tuple[str, int]:
-        content = place.read(path) or b""
+        content = read_whole(place, path)
         return hashlib.sha256(content).hexdigest(), len(content)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:

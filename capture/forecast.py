@@ -44,12 +44,21 @@ class Forecast:
     layout: schema.Layout
     size: int
     """Bytes of the complete store."""
+    present: int = 0
+    """Rows of it that are committed already, by all ranks."""
+    complete: bool = False
+    """Whether nothing is left to do."""
     seconds: float | None = None
-    """Time for its rows, by the speed of one forward pass here; none if that was not measured."""
+    """Time for the rows that are left, by the speed of one forward pass here; none if that was not measured."""
 
     def __str__(self) -> str:
+        if self.complete:
+            return f"complete with {self.present:,} rows; nothing is left to do"
+        expected = f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}"
         took = "" if self.seconds is None else f", about {duration(self.seconds / 3600)}"
-        return f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}{took}{self._advice}"
+        if self.present:
+            took = f", {self.present:,} rows are there{took and took + ' for the others'}"
+        return expected + took + self._advice
 
     @property
     def _advice(self) -> str:
@@ -82,9 +91,9 @@ def forecast_capture(config: CaptureConfig, *, timed: bool = False) -> Forecast:
 
 
 def with_time(expected: Forecast, request: Request, forward: Forward) -> Forecast:
-    """The forecast with the time that all ranks together need."""
+    """The forecast with the time that all ranks together need for what is left."""
     speed = rows_per_second(forward, request.first) * request.world_size
-    return replace(expected, seconds=expected.rows / speed)
+    return replace(expected, seconds=max(0, expected.rows - expected.present) / speed)
 
 
 def rows_per_second(forward: Forward, batch: Batch) -> float:
@@ -170,20 +179,22 @@ def _sample(documents: Iterator[Document]) -> Iterator[Document]:
         yield document
 
 
-def refuse_full_disk(place: Place, expected: Forecast, committed_rows: int) -> None:
+def refuse_full_disk(place: Place, expected: Forecast) -> None:
     """Raise StoreError if the disk has no room for what is missing of the store."""
     free = place.free_bytes()
-    missing = max(0, expected.rows - committed_rows)
-    needed = _peak(expected, expected.rows) - _written(expected, committed_rows) if missing else 0
+    missing = max(0, expected.rows - expected.present)
+    needed = _peak(expected, expected.rows) - _written(expected, expected.present) if missing else 0
     if free is None or needed <= free * DISK_MARGIN:
         return
-    more = "more " if committed_rows else ""
-    fits = 0 if committed_rows else _fitting(expected, free * REMEDY_MARGIN)
+    more = "more " if expected.present else ""
+    fits = 0 if expected.present else _fitting(expected, free * REMEDY_MARGIN)
     # A sequence is recorded whole or not at all.
-    remedy = f"lower --max-rows to {fits}, " if fits >= expected.layout.length else "free some space, "
+    remedy = f"lower --max-rows to {fits}" if fits >= expected.layout.length else "free some space"
+    if not expected.present:  # what is begun goes on with the same hooks
+        remedy += ", record fewer hooks"
     raise StoreError(
         f"{place.name} needs {bytes_text(needed)} for {missing:,} {more}rows and its disk has {bytes_text(free)} "
-        f"free; {remedy}record fewer hooks, choose another --out, or start anyway with --any-disk"
+        f"free; {remedy}, choose another --out, or start anyway with --any-disk"
     )
 
 
@@ -195,12 +206,12 @@ def _peak(expected: Forecast, rows: int) -> int:
     )
 
 
-def _written(expected: Forecast, committed_rows: int) -> int:
+def _written(expected: Forecast, rows: int) -> int:
     """Bytes that are there already."""
-    if not committed_rows:
+    if not rows:
         return 0
-    waiting = pending_bytes(expected.layout, committed_rows, _sequences(expected, committed_rows))
-    return shard_bytes(expected.layout, committed_rows) + waiting
+    waiting = pending_bytes(expected.layout, rows, _sequences(expected, rows))
+    return shard_bytes(expected.layout, rows) + waiting
 
 
 def _sequences(expected: Forecast, rows: int) -> int:

@@ -95,6 +95,11 @@ class Manifest:
         return stop
 
     @cached_property
+    def present_rows(self) -> int:
+        """Rows of all shards, also of those that come after one that another rank has not committed yet."""
+        return sum(shard.rows[1] - shard.rows[0] for shard in self.shards)
+
+    @cached_property
     def n_sequences(self) -> int:
         """Sequences whose rows are all committed."""
         rows = self.committed_rows

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import zarr
 from zarr.storage import MemoryStore
 
 from capture import schema
+from capture.manifest import MANIFEST
 from capture.open_files import REMEDY
 from capture.places import Place
 from mdlm_interp.errors import StoreError
@@ -57,10 +60,8 @@ def check_arrays(place: Place, layout: schema.Layout, rows: int) -> tuple[int, i
     del made["zarr.json"]
     size = 0
     with ThreadPoolExecutor(READERS) as pool:
-        contents = list(pool.map(place.read, made))
+        contents = list(pool.map(partial(read_whole, place), made))
     for (path, buffer), content in zip(made.items(), contents, strict=True):
-        if content is None:
-            raise StoreError(f"{place.name}/{path} is missing; {REMEDY}")
         expected, found = json.loads(buffer.to_bytes()), parsed(f"{place.name}/{path}", content)
         if "shape" in expected:
             given = found.get("shape")
@@ -76,13 +77,44 @@ def check_arrays(place: Place, layout: schema.Layout, rows: int) -> tuple[int, i
     return len(made), size
 
 
-def read_metadata(place: Place, node: str = "") -> dict[str, Any]:
-    """The zarr.json of an array, or of the store itself."""
+def read_metadata(place: Place, node: str = "", files: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The zarr.json of an array, or of the store itself.
+
+    Args:
+        files: SHA-256 by path, of those files that have not changed since the manifest recorded it.
+    Raises:
+        StoreError: If it is missing or damaged.
+    """
     path = f"{node}/zarr.json" if node else "zarr.json"
+    content = read_whole(place, path)
+    recorded = (files or {}).get(path)
+    if recorded is not None and hashlib.sha256(content).hexdigest() != recorded:
+        raise StoreError(
+            f"{place.name}/{path} is damaged (its SHA-256 is not the one in {MANIFEST}); {REMEDY}"
+        )
+    return parsed(f"{place.name}/{path}", content)
+
+
+def made_here(place: Place) -> bool:
+    """Whether the zarr.json there is that of a store of this package."""
+    content = place.read("zarr.json")
+    try:
+        header = parsed(place.name, content or b"").get("attributes")
+    except StoreError:
+        return False
+    return isinstance(header, dict) and header.get("format") == schema.FORMAT
+
+
+def read_whole(place: Place, path: str) -> bytes:
+    """A file of the store, which must be there.
+
+    Raises:
+        StoreError: If it is not, or cannot be read.
+    """
     content = place.read(path)
     if content is None:
         raise StoreError(f"{place.name}/{path} is missing; {REMEDY}")
-    return parsed(f"{place.name}/{path}", content)
+    return content
 
 
 def parsed(name: str, content: bytes) -> dict[str, Any]:

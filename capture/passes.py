@@ -117,8 +117,7 @@ class Passes:
             yield _ended(*begun.popleft())
 
     def _one(self, batch: Batch, check: bool) -> Lent:
-        tokens = sum(len(sequence.xt) for sequence in batch.sequences)
-        acts, release = self._pool.take(batch.stop - batch.start, tokens)
+        acts, release = self._pool.take(batch.stop - batch.start, batch.most_rows)
         forward = self._idle.get_nowait()  # there are as many as threads
         try:
             forward(batch, check=check, out=acts, stopping=self._stopping.is_set)

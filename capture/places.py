@@ -20,6 +20,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from capture.drafts import PARTIAL, FileDraft
+from capture.open_files import remedy_for
 from capture.shards import Piece
 from mdlm_interp.atomic_files import PREFIX, replacing, sync, sync_tree, write_errors
 from mdlm_interp.errors import ConfigError, StoreError
@@ -83,7 +84,11 @@ class Place(Protocol):
         ...
 
     def read(self, path: str) -> bytes | None:
-        """A file's content, or None if there is no such file."""
+        """A file's content, or None if there is no such file.
+
+        Raises:
+            StoreError: If it cannot be read.
+        """
         ...
 
     def names(self, directory: str = "") -> list[str]:
@@ -195,6 +200,10 @@ class Directory:
             return (self.root / path).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise StoreError(
+                f"{self.root / path} cannot be read ({error.strerror}); {remedy_for(error)}"
+            ) from None
 
     def names(self, directory: str = "") -> list[str]:
         """Names of the files in a directory, sorted."""
@@ -265,6 +274,11 @@ def _locked(path: Path, name: str, *, wait: bool) -> Iterator[None]:
             except BlockingIOError:
                 raise StoreError(
                     f"{name} is being written by another process; wait for it, or stop it first"
+                ) from None
+            except OSError as error:
+                raise StoreError(
+                    f"{name} needs file locks, and its file system has none ({error.strerror}); mount it with flock, "
+                    f"or choose another --out"
                 ) from None
             if _is_at(descriptor, path):
                 yield

@@ -84,6 +84,11 @@ class Batch:
         self._length, self._seed = length, seed
 
     @property
+    def most_rows(self) -> int:
+        """Rows of as many sequences of full length."""
+        return len(self.sequences) * self._length
+
+    @property
     def resume(self) -> ResumePoint:
         """Where the text has to be read from to make this batch again."""
         first = self.sequences[0]

@@ -41,10 +41,10 @@ def provenance(
     return {
         **model_record(model_directory, model, tokenizer),
         "sources": (sources or Sources(config.files)).record(),
-        "packing": PACKING,
+        "packing": PACKING if config.sampler is None else None,
         "seed": config.seed,
         "schedule": {"name": "log-linear", "eps": schedule.eps, "min_time": MIN_TIME},
-        # Native rounding differs between batch shapes, thread counts and instruction sets; nothing else does.
+        # What native rounding depends on is this and the stack.
         "arithmetic": config.arithmetic,
         "batch_shape": [config.batch_size if config.pack == "blocks" else 1, config.length],
         **stack_record(model, config, threads),

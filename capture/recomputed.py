@@ -227,16 +227,29 @@ def _compare(store: ActivationStore, batch: Batch, acts: Mapping[str, Tensor], *
         kept = stored[hook]
         rounded = as_stored(expected, store.dtype)
         if bitwise:
-            wrong = ~((rounded == kept) | (rounded.isnan() & kept.isnan()))
+            wrong = ~_equal(rounded, kept)
         else:
-            rms = float(kept.double().square().mean().sqrt())
-            difference = (rounded - kept).abs()
-            largest = max(largest, float(difference.max()) / rms)
-            wrong = ~(difference <= BOUND * rms + TYPE_BOUND[store.dtype] * kept.abs())
+            share, wrong = _beyond(rounded, kept, TYPE_BOUND[store.dtype])
+            largest = max(largest, share)
         if bool(wrong.any()):
             where = torch.nonzero(wrong)[0].tolist()
             raise StoreError(_differs(store, hook, rows, where, rounded, kept, bitwise=bitwise))
     return largest
+
+
+def _equal(recomputed: Tensor, kept: Tensor) -> Tensor:
+    """Where the values are the same, no number being the same as no number."""
+    return (recomputed == kept) | (recomputed.isnan() & kept.isnan())
+
+
+def _beyond(recomputed: Tensor, kept: Tensor, type_bound: float) -> tuple[float, Tensor]:
+    """Largest difference as a share of the root mean square of what is finite, and where it is too much."""
+    rms = float(kept[kept.isfinite()].double().square().mean().nan_to_num().sqrt())
+    equal = _equal(recomputed, kept)
+    difference = torch.where(equal, 0.0, (recomputed - kept).abs())
+    held = equal | (difference.isfinite() & (difference <= BOUND * rms + type_bound * kept.abs()))
+    # Where all that is kept is zero, so is all that holds.
+    return float(difference.max()) / rms if rms else 0.0, ~held
 
 
 def as_stored(acts: Tensor, dtype: schema.StoredType) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,8 @@ def dry_run(config: CaptureConfig) -> Forecast:
         MdlmError: As `run_capture`, but for what only a store's own files and locks tell.
     """
     possible = _possible(place_of(config.out, config.endpoint), config)
+    if possible.expected.complete:
+        return possible.expected
     return with_time(possible.expected, possible.request, possible.forward)
 
 
@@ -111,8 +113,10 @@ def _possible(place: Place, config: CaptureConfig) -> _Possible:
     refuse_repeated(request.config.files)
     expected = forecast(request.config, request.tokenizer, request.layout)
     whole = begun_manifest(place)
-    if not config.any_disk and not (whole and whole.complete):
-        refuse_full_disk(place, expected, whole.committed_rows if whole else 0)
+    if whole is not None:
+        expected = replace(expected, present=whole.present_rows, complete=whole.complete)
+    if not config.any_disk and not expected.complete:
+        refuse_full_disk(place, expected)
     sources = Sources(request.config.files)
     sources.refuse_same_content()
     attributes = {

@@ -9,7 +9,6 @@ the manifest has the SHA-256 of every zarr.json, and the columns of `seqs` are a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,8 +20,8 @@ from safetensors.numpy import load
 from capture import manifest as manifests
 from capture import schema
 from capture.manifest import MANIFEST, Manifest, Shard
-from capture.metadata import parsed
-from capture.open_files import REMEDY, FileCache, remedy_for
+from capture.metadata import made_here, read_metadata
+from capture.open_files import REMEDY, FileCache
 from capture.places import Directory, Place
 from capture.row_files import RowFiles, array_layout
 from capture.statistics import MOMENTS, RunningMoments
@@ -74,23 +73,29 @@ def read_manifest(place: Place) -> Manifest:
         StoreError: If there is no manifest, or one is damaged.
     """
     # The last rank may be replacing the manifests of all by one.
+    missing: list[str] = []
     for _ in range(3):
         names = place.names()
-        world_size = manifests.world_size_of(names) or 0
-        of_ranks = [manifests.rank_manifest(rank, world_size) for rank in range(world_size)]
-        wanted = [MANIFEST] if MANIFEST in names else [name for name in of_ranks if name in names]
-        if not wanted:
+        world_size = 1 if MANIFEST in names else manifests.world_size_of(names) or 0
+        if not world_size:
             raise _no_store(place)
-        found = [content for name in wanted if (content := _content(place, name)) is not None]
-        if len(found) == len(wanted):
-            parsed = zip(found, wanted, strict=True)
+        wanted = [manifests.rank_manifest(rank, world_size) for rank in range(world_size)]
+        found = {name: place.read(name) for name in wanted}
+        missing = [name for name, content in found.items() if content is None]
+        if not missing:
             return manifests.joined(
-                [manifests.from_bytes(content, f"{place.name}/{name}") for content, name in parsed]
+                [
+                    manifests.from_bytes(content, f"{place.name}/{name}")
+                    for name, content in found.items()
+                    if content is not None
+                ]
             )
-    raise StoreError(f"{place.name}: its manifests come and go; open it when the capture is done")
+    raise StoreError(f"{place.name}/{missing[0]} is missing; {REMEDY}")
 
 
 def _no_store(place: Place) -> StoreError:
+    if made_here(place):
+        return StoreError(f"{place.name}/{MANIFEST} is missing; {REMEDY}")
     if not isinstance(place, Directory):
         return StoreError(f"{place.name} has no {MANIFEST}: it is no activation store")
     root = place.root
@@ -102,15 +107,6 @@ def _no_store(place: Place) -> StoreError:
     inside = sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
     hint = f"; did you mean {str(root / inside[0])!r}?" if inside else ""
     return StoreError(f"{root} has no {MANIFEST}: it is no activation store{hint}")
-
-
-def _content(place: Place, path: str) -> bytes | None:
-    try:
-        return place.read(path)
-    except OSError as error:
-        raise StoreError(
-            f"{place.name}/{path} cannot be read ({error.strerror or error}); {remedy_for(error)}"
-        ) from None
 
 
 class StoreFiles:
@@ -129,14 +125,7 @@ class StoreFiles:
 
     def metadata(self, node: str = "") -> dict[str, Any]:
         """The zarr.json of an array, or of the store itself."""
-        path = f"{node}/zarr.json" if node else "zarr.json"
-        name, content = f"{self.place.name}/{path}", _content(self.place, path)
-        if content is None:
-            raise StoreError(f"{name} is missing; {REMEDY}")
-        recorded = self.manifest.files.get(path)
-        if recorded is not None and hashlib.sha256(content).hexdigest() != recorded:
-            raise StoreError(f"{name} is damaged (its SHA-256 is not the one in {MANIFEST}); {REMEDY}")
-        return parsed(name, content)
+        return read_metadata(self.place, node, self.manifest.files)
 
     def array(self, path: str) -> RowArray:
         """An array by its path in the store, opened once."""
@@ -183,7 +172,7 @@ class StoreFiles:
             StoreError: If it is missing or damaged.
         """
         path = f"{schema.PENDING}/{shard.rows[0] // self.manifest.shard_rows}.safetensors"
-        content = _content(self.place, path)
+        content = self.place.read(path)
         if content is None:
             raise StoreError(
                 f"{self.place.name}/{path} is missing; if the capture went on since this store was opened, "

@@ -9,9 +9,10 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from capture import ActivationStore, CaptureConfig, run_capture
+from capture import ActivationStore, CaptureConfig, open_store, run_capture
 from mdlm_interp import HookedMDLM, MDLMConfig
 from mdlm_interp.tokenizers import END_OF_TEXT, Tokenizer
+from tests.capture.interrupts import interrupted_capture
 
 SENTENCE = "the old fox sees a red river and nine small birds sing to every quiet stone near our house"
 WORDS = SENTENCE.split()
@@ -94,3 +95,12 @@ def capture(config: CaptureConfig, tmp_path: Path) -> Callable[..., ActivationSt
         return run_capture(replace(config, out=str(tmp_path / f"run{runs}.zarr"), **changes))  # type: ignore[arg-type]
 
     return run
+
+
+@pytest.fixture
+def begun(config: CaptureConfig, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> CaptureConfig:
+    """An interrupted capture of 504 rows, some of them committed."""
+    config = replace(config, batch_size=4, forwards=1)
+    interrupted_capture(config, monkeypatch, 6)
+    assert len(open_store(config.out))
+    return config

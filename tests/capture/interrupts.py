@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment that a test chooses."""
+"""Interruptions at a moment that a test chooses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import pytest
+
+from capture import CaptureConfig, open_store, run_capture
+from mdlm_interp import HookedMDLM
 
 
 @contextmanager
@@ -40,3 +45,21 @@ def interrupted(*, at_work: threading.Event, then: Callable[[], object]) -> Iter
     finally:
         thread.join()
         signal.signal(signal.SIGINT, before)
+
+
+def interrupted_capture(config: CaptureConfig, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Begin a capture, and interrupt it instead of the numbered pass of the model."""
+    with monkeypatch.context() as patch:
+        original, calls = HookedMDLM.forward, 0
+
+        def failing(self, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise KeyboardInterrupt
+            return original(self, *args, **kwargs)
+
+        patch.setattr(HookedMDLM, "forward", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_capture(config)
+    assert not open_store(config.out).complete

@@ -65,6 +65,26 @@ def test_a_dry_run_says_why_a_capture_is_not_possible(config, capsys, monkeypatc
     assert list(Path(config.out).parent.iterdir()) == []
 
 
+def test_a_dry_run_of_what_is_begun_tells_what_is_left(config, capsys, monkeypatch):
+    words = interrupted(config, monkeypatch)
+    words.remove("--max-sequences")
+    words.remove("3")
+    with pytest.raises(KeyboardInterrupt):
+        run(words)
+    there = len(open_store(config.out))
+    capsys.readouterr()
+    assert run([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf" (kB|MB), {there} rows are there, about \d+ s for the others\n$", said)
+    monkeypatch.undo()
+    run(words)
+    capsys.readouterr()
+    monkeypatch.delattr("capture.forward.Forward.__call__")
+    assert run([*words, "--dry-run"]) == 0
+    rows = len(open_store(config.out))
+    assert capsys.readouterr().out == f"{config.out}: complete with {rows} rows; nothing is left to do\n"
+
+
 def test_a_rank_that_is_not_the_last_says_that_it_is_done(config, capsys):
     assert run([*arguments(config), "--rank", "1", "--world-size", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -100,6 +120,8 @@ def test_info_describes_the_store(config, capsys):
     assert [float(text) for text in shown] == pytest.approx([float(rms)], rel=1e-3)
     assert f"weights sha256 {store.provenance['weights_sha256']}" in out
     assert f"text {config.files[1]}, {config.files[1].stat().st_size:,} bytes, sha256" in out
+    assert f"packing rules {store.provenance['packing']}" in out
+    assert f"native arithmetic gave {store.provenance['native_bits']} for fixed tokens" in out
     threads = store.provenance["threads"]
     assert (
         f"native arithmetic on cpu, batches of 16 x 24, {threads} thread{'s'[: threads != 1]} a pass, " in out

@@ -140,10 +140,10 @@ def test_a_place_that_cannot_tell_its_room_is_not_refused(long, monkeypatch):
 
     place = place_of(long.out)
     monkeypatch.setattr(Directory, "free_bytes", lambda self: None)
-    refuse_full_disk(place, forecast_capture(long), 0)
+    refuse_full_disk(place, forecast_capture(long))
     monkeypatch.setattr(Directory, "free_bytes", lambda self: 0)
     with pytest.raises(StoreError, match="has 0 bytes free"):
-        refuse_full_disk(place, forecast_capture(long), 0)
+        refuse_full_disk(place, forecast_capture(long))
 
 
 def test_a_complete_store_needs_no_room_though_more_rows_were_forecast(long, monkeypatch):
@@ -244,3 +244,17 @@ def test_documents_without_text_are_no_sample_of_the_others(config, tmp_path, pa
     config = replace(config, files=(file,), pack=pack, max_sequences=None)
     expected, store = forecast_capture(config), run_capture(config)
     assert expected.sequences == pytest.approx(store.n_sequences, rel=0 if pack == "documents" else 0.1)
+
+
+def test_a_lost_rank_needs_room_for_its_own_rows_only(long, monkeypatch):
+    """Exact: what the ranks after it have committed is there, though nobody can read it before its rows are."""
+    ranks = [replace(long, shard_rows=256, rank=rank, world_size=3) for rank in range(3)]
+    run_capture(ranks[2])
+    run_capture(ranks[1])
+    assert len(open_store(long.out)) == 0
+    whole = forecast_capture(ranks[0])
+    held = sum(shard.rows[1] - shard.rows[0] for shard in open_store(long.out).manifest.shards)
+    assert 0.5 * whole.rows < held < 0.8 * whole.rows
+    room = round(0.7 * whole.size)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 10**9 - room, room))
+    assert run_capture(ranks[0]).complete

@@ -303,3 +303,19 @@ def test_passes_below_one_and_beside_a_sampler_are_refused(config):
 
     with pytest.raises(ConfigError, match="forwards must be 1 with a sampler"):
         replace(config, files=(), sampler=SamplerSource(), forwards=2)
+
+
+def test_documents_of_any_length_take_one_piece_of_memory(config):
+    """Exact: memory that a longer document replaced would leave gaps behind, more the longer the capture."""
+    documents = replace(config, pack="documents", batch_size=2, length=32, max_sequences=None)
+    request = prepared(documents)
+    batches = sorted(request.batches(None), key=lambda batch: batch.stop - batch.start)
+    assert len({batch.stop - batch.start for batch in batches}) > 3
+    places = set()
+    with Passes(Forward(request.network, HOOKS, together=False), Shares(1, 1)) as passes:
+        for batch, lent in passes.run((batch, False) for batch in batches):
+            assert lent is not None
+            assert len(lent[0][HOOKS[0]]) == batch.stop - batch.start
+            places.add(lent[0][HOOKS[0]].data_ptr())
+            lent[1]()
+    assert len(places) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from capture import run_capture
+from capture.run import dry_run
 from mdlm_interp import load_tokenizer
 from mdlm_interp.errors import ConfigError, DataError, HookError, OutputExistsError, StoreError, WriteError
 
@@ -183,3 +184,51 @@ def test_what_does_not_fit_together_is_refused(config, changes, error, message):
     with pytest.raises(error) as caught:
         run_capture(replace(config, **changes))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("zarr.json", None, "zarr.json is missing; restore it from a copy"),
+        (
+            "zarr.json",
+            (b"mdlm-interp", b"mdlm-interq"),
+            "zarr.json is damaged (its SHA-256 is not the one in",
+        ),
+        (
+            "zarr.json",
+            (b'"attributes"', b'"attribwtes"'),
+            "zarr.json is damaged (its SHA-256 is not the one in",
+        ),
+        ("manifest.json", None, "manifest.json is missing; restore it from a copy"),
+        ("manifest.json", (b'"length"', b'"lenght"'), "manifest.json is damaged"),
+    ],
+)
+def test_a_damaged_store_of_ours_is_not_said_to_be_foreign(config, name, change, message):
+    """Who is told that it is no store, and to remove it, would lose every row that is still right."""
+    run_capture(config)
+    path = Path(config.out) / name
+    content = path.read_bytes()
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(content.replace(*change, 1))
+        assert path.read_bytes() != content
+    for call in (run_capture, dry_run):
+        with pytest.raises(StoreError) as caught:
+            call(config)
+        assert message in str(caught.value)
+        assert "remove" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"name": "a page", "icons": []}'])
+def test_a_directory_of_another_program_is_refused_though_it_has_a_manifest(config, content):
+    out = Path(config.out)
+    out.mkdir()
+    (out / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    if content is not None:
+        (out / "manifest.json").write_text(content)
+    with pytest.raises(
+        OutputExistsError, match="exists and is no activation store; choose another --out, or"
+    ):
+        run_capture(config)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from capture import CaptureConfig, forecast_capture, open_store, run_capture
+from capture import forecast_capture, open_store, run_capture
 from capture.checked_files import check_begun
 from capture.forward import Forward
 from capture.native import native_bits
@@ -20,6 +20,7 @@ from capture.run import dry_run
 from mdlm_interp import HookedMDLM
 from mdlm_interp.errors import ConfigError, OutputExistsError, StoreError
 from mdlm_interp.tokenizers import load_tokenizer
+from tests.capture.interrupts import interrupted_capture
 
 CHANGES: dict[str, Any] = {
     "weights_sha256": "f" * 64,
@@ -35,33 +36,6 @@ CHANGES: dict[str, Any] = {
     "native_bits": "0" * 64,
 }
 ROUNDING = ("device", "threads", "cpu", "versions.torch", "versions.numpy", "native_bits")
-
-
-def interrupted(config: CaptureConfig, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Begin a capture, and interrupt it instead of the numbered pass of the model."""
-    with monkeypatch.context() as patch:
-        original, calls = HookedMDLM.forward, 0
-
-        def failing(self, *args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                raise KeyboardInterrupt
-            return original(self, *args, **kwargs)
-
-        patch.setattr(HookedMDLM, "forward", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run_capture(config)
-    assert not open_store(config.out).complete
-
-
-@pytest.fixture
-def begun(config: CaptureConfig, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> CaptureConfig:
-    """An interrupted capture of 504 rows, some of them committed."""
-    config = replace(config, batch_size=4, forwards=1)
-    interrupted(config, monkeypatch, 6)
-    assert len(open_store(config.out))
-    return config
 
 
 def with_change(monkeypatch, key):
@@ -108,7 +82,7 @@ def test_what_only_rounds_otherwise_may_find_a_complete_store(config, monkeypatc
 @pytest.mark.parametrize("key", ROUNDING)
 def test_exact_rows_go_on_anywhere(config, small_shards, monkeypatch, key):
     exact = replace(config, arithmetic="exact", batch_size=4, max_sequences=12)
-    interrupted(exact, monkeypatch, 3)
+    interrupted_capture(exact, monkeypatch, 3)
     with_change(monkeypatch, key)
     assert run_capture(exact).complete
 

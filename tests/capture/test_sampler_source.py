@@ -24,6 +24,7 @@ from capture.sampler_source import SamplerSource
 from mdlm_interp import HookedMDLM, load_tokenizer
 from mdlm_interp.decoding import Ancestral, Even, ReMDM, Sampler, sample, start_tokens
 from mdlm_interp.diffusion import LogLinearSchedule
+from mdlm_interp.documents import PACKING
 from mdlm_interp.errors import ConfigError, DataError, OutputExistsError, StoreError
 from oracle import Oracle, exact_trajectory
 from tests.capture.convert.checks import assert_same_bits
@@ -64,6 +65,11 @@ def rows_of(store: ActivationStore, decoding: int, step: int) -> dict[str, torch
     found = store.coords(slice(0, len(store)))
     chosen = (found["doc"] == decoding) & (found["step"] == step)
     return {name: column[chosen] for name, column in found.items()}
+
+
+def test_the_rules_of_packing_text_are_no_part_of_a_store_of_decodings(take, config):
+    assert take().provenance["packing"] is None
+    assert run_capture(config).provenance["packing"] == PACKING
 
 
 def test_rows_are_the_sampler_s_steps(take, model_directory):

@@ -15,7 +15,7 @@ from capture import manifest as manifests
 from capture import open_store, run_capture
 from capture.checked_files import verify_files
 from capture.manifest import MANIFEST
-from capture.recomputed import verify_rows
+from capture.recomputed import _beyond, verify_rows
 from capture.shards import shard_digest
 from capture.verify import verify_store
 from mdlm_interp import HookedMDLM, load_tokenizer
@@ -245,6 +245,32 @@ def test_on_another_stack_native_rows_may_differ_by_rounding_only(store, monkeyp
     changed_consistently(store, store.hooks[0], 130, row + np.float32(3e-3 * rms))
     with pytest.raises(StoreError, match=r"may differ by 0\.001 of the root mean square"):
         verify_rows(open_store(store.path), None, batches=100)
+
+
+@pytest.mark.parametrize(
+    ("kept", "recomputed", "share"),
+    [
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([0.0, 0.0], [0.0, 1e-9], None),
+        ([3.0, float("nan"), float("inf")], [3.0, float("nan"), float("inf")], 0.0),
+        ([4.0, float("nan")], [4.002, float("nan")], 0.0005),
+        ([4.0, float("nan")], [4.02, float("nan")], None),
+        ([4.0, float("inf")], [4.0, 4.0], None),
+        ([4.0, float("inf")], [4.0, float("-inf")], None),
+        ([4.0, 4.0], [4.0, float("nan")], None),
+        ([float("nan")], [float("nan")], 0.0),
+        ([float("nan")], [1.0], None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("type_bound", [0.0, 2.0**-10])
+def test_on_another_stack_only_finite_values_may_differ(kept, recomputed, share, type_bound):
+    """Also where the root mean square is 0, as of a hook that an untrained model leaves at zero."""
+    kept, recomputed = torch.tensor(kept), torch.tensor(recomputed)
+    found, wrong = _beyond(recomputed, kept, type_bound)
+    assert bool(wrong.any()) == (share is None)
+    if share is not None:
+        assert found == pytest.approx(share, rel=1e-3)
 
 
 def test_the_weights_of_another_model_are_refused(store, tmp_path, config):

@@ -87,7 +87,7 @@ def test_a_missing_shard_is_noticed_though_zarr_would_read_fill(copy, opened, nu
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "run.zarr has no manifest.json: it is no activation store"),
+        (None, "run.zarr/manifest.json is missing; restore it from a copy"),
         ("{", "manifest.json is damaged (Expecting property name"),
         ("[]", "manifest.json is damaged (no JSON object)"),
         ('{"schema_version": 2}', "manifest.json is damaged (KeyError: "),

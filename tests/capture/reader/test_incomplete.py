@@ -131,8 +131,6 @@ def test_ranks_that_are_writing_are_read_up_to_the_first_gap(tmp_path, opened):
     assert len(store) == 512
     assert np.array_equal(store.read(slice(None), MLP)[MLP].numpy(), truth.acts[MLP][:512])
     assert store.n_sequences == shards[1].sequences[1] == len(store.times())
-    (truth.root / "manifest.rank-2-of-3.json").unlink()
-    assert len(opened(truth.root)) == 512
 
 
 def test_a_manifest_that_replaces_those_of_ranks_meanwhile_is_found(made, copy):
@@ -147,3 +145,17 @@ def test_a_manifest_that_replaces_those_of_ranks_meanwhile_is_found(made, copy):
 
     (copy / "manifest.json").write_bytes(to_bytes(made.manifest))
     assert len(ActivationStore(Moving(copy))) == 886
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_the_lost_manifest_of_a_rank_is_noticed(tmp_path, opened, rank):
+    """Without it, the rows of that rank would read as if they had never been committed."""
+    truth = make_store(tmp_path / "run.zarr", Plan(complete=False, shard_rows=256))
+    (truth.root / "manifest.json").unlink()
+    write_manifests(truth.root, truth.manifest, 3)
+    assert len(opened(truth.root)) == len(truth.t)
+    (truth.root / f"manifest.rank-{rank}-of-3.json").unlink()
+    with pytest.raises(
+        StoreError, match=rf"run\.zarr/manifest\.rank-{rank}-of-3\.json is missing; restore it"
+    ):
+        opened(truth.root)
