@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -76,6 +76,33 @@ def check_begun(place: Place, manifest: Manifest, layout: schema.Layout) -> tupl
     with ThreadPoolExecutor(READERS) as pool:
         pending = list(pool.map(lambda shard: len(files.pending_content(shard)), manifest.shards))
     return count + 1 + len(pending), size + len(root) + sum(pending)
+
+
+def check_shards(place: Place, manifest: Manifest, layout: schema.Layout) -> None:
+    """Compare which files of rows are there, and their sizes, with the manifest; their content is not read.
+
+    Raises:
+        StoreError: If one is missing or has another size.
+    """
+    expected = [file for shard in manifest.shards for file in _shard_files(layout, shard)]
+    for (path, size), found in zip(expected, place.sizes([path for path, _ in expected]), strict=True):
+        if found is None:
+            raise StoreError(f"{place.name}/{path} is missing; {REMEDY}")
+        if found != size:
+            raise _damaged(place, path, f"it has {found} bytes, expected {size}")
+
+
+def _shard_files(layout: schema.Layout, shard: Shard) -> Iterator[tuple[str, int]]:
+    """Path and bytes of each file of a shard."""
+    number = shard.rows[0] // layout.shard_rows
+    chunks = -(-(shard.rows[1] - shard.rows[0]) // schema.CHUNK_ROWS)
+    for hook, row in layout.shapes.items():
+        shape = layout.shard_shape(hook)
+        size = chunks * (shape.chunk_bytes + CRC_BYTES) + shape.index_bytes
+        yield schema.file_of(f"acts/{hook}", 1 + len(row), number), size
+    for name, column in layout.row_columns.items():
+        size = layout.shard_rows * np.dtype(column.dtype).itemsize + CRC_BYTES
+        yield schema.file_of(f"rows/{name}", 1, number), size
 
 
 def _verify_shard(store: ActivationStore, layout: schema.Layout, shard: Shard) -> tuple[int, int]:

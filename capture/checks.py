@@ -53,12 +53,13 @@ def check_additions(acts: Mapping[str, Tensor]) -> None:
             )
 
 
-def refuse_overflow(given: Tensor, rounded: Tensor, what: str, *, command: str) -> None:
+def refuse_overflow(given: Tensor, rounded: Tensor, what: str, *, command: str, where: str = "") -> None:
     """Raise StoreError if a finite value became infinite when it was rounded to another type.
 
     Args:
         what: The hook point, for the message.
         command: What to run with another `--dtype`.
+        where: What else it needs then, with a space before it.
     """
     infinite = rounded.isinf()
     if not bool(infinite.any()) or not bool((infinite & given.isfinite()).any()):
@@ -67,5 +68,5 @@ def refuse_overflow(given: Tensor, rounded: Tensor, what: str, *, command: str) 
     wider = [str(dtype).removeprefix("torch.") for dtype, end in LARGEST.items() if largest <= end]
     raise StoreError(
         f"{what} reaches {largest:g} and {str(rounded.dtype).removeprefix('torch.')} ends at "
-        f"{LARGEST[rounded.dtype]:g}; {command} with --dtype {' or '.join(wider)}"
+        f"{LARGEST[rounded.dtype]:g}; {command} with --dtype {' or '.join(wider)}{where}"
     )

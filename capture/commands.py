@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -15,8 +16,11 @@ from capture.describe import described, hook_lines, strata, summary
 from capture.forecast import bytes_text
 from capture.reader import open_store
 from mdlm_interp.config_args import parse_args
-from mdlm_interp.errors import ConfigError, StoreError, WriteError
-from mdlm_interp.program import invocation
+from mdlm_interp.errors import ConfigError, MdlmError, StoreError, WriteError
+from mdlm_interp.program import command_line, counted
+
+if TYPE_CHECKING:
+    from capture.recomputed import Verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +53,6 @@ class VerifyConfig:
     """Key of the draw."""
 
     def __post_init__(self) -> None:
-        if self.batches < 0:
-            raise ConfigError(f"batches must be 0 or more, got {self.batches}")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed must be in [0, 2**64), got {self.seed}")
 
@@ -79,6 +81,7 @@ def run(argv: Sequence[str]) -> int:
     if given.dry_run:
         print(f"{config.out}: {dry_run(config)}")
         return 0
+    there = _is_complete(config)
     start = perf_counter()
     try:
         store = run_capture(config, progress=True)
@@ -91,17 +94,26 @@ def run(argv: Sequence[str]) -> int:
             )
         raise
     print(summary(store))
-    print(f"took {perf_counter() - start:.1f} s")
+    print("it was complete already; nothing was written" if there else f"took {perf_counter() - start:.1f} s")
     bad = sum(shard.not_finite for shard in store.manifest.shards)
     if bad:
-        print(f"warning: {bad:,} activations are infinite or not a number", file=sys.stderr)
+        are = "is" if bad == 1 else "are"
+        print(f"warning: {counted(bad, 'activation')} {are} infinite or not a number", file=sys.stderr)
     if store.complete:
-        endpoint = f" --endpoint {config.endpoint}" if config.endpoint else ""
-        print(f"next: {invocation()} capture info {store.name}{endpoint}")
+        endpoint = ("--endpoint", config.endpoint) if config.endpoint else ()
+        print(f"next: {command_line('capture', 'info', store.name, *endpoint)}")
     else:
         rank, world_size = ranks(config)
         print(f"rank {rank} of {world_size} is done; the last one to end completes the store")
     return 0
+
+
+def _is_complete(config: CaptureConfig) -> bool:
+    """Whether nothing is left to do; what is wrong with the place is for the capture to tell."""
+    try:
+        return open_store(config.out, endpoint=config.endpoint).complete
+    except MdlmError:
+        return False
 
 
 def info(argv: Sequence[str]) -> int:
@@ -126,11 +138,12 @@ def info(argv: Sequence[str]) -> int:
 def verify(argv: Sequence[str]) -> int:
     """Check a store; the first thing that is wrong is the error."""
     from capture.convert.exported import ExportedStore
-    from capture.recomputed import BOUND, verify_rows
-    from capture.verify import verify_bytes
+    from capture.recomputed import recompute
+    from capture.verify import needed_origin, verify_bytes
 
     config = parse_args(VerifyConfig, argv, prog="mdlm-interp capture verify", positional=("store",))
     store = open_store(config.store, endpoint=config.endpoint)
+    origin = needed_origin(store, config.model, config.tokenizer, config.batches)
     exported = isinstance(store, ExportedStore)
     with tqdm(
         total=store.bytes_on_disk if exported else store.manifest.present_rows,
@@ -141,20 +154,26 @@ def verify(argv: Sequence[str]) -> int:
         files, size = verify_bytes(store, progress=bar.update)
     print(summary(store))
     what = "every byte" if store.complete else "every byte that is committed"
-    print(f"{what} matches its checksum: {files:,} files, {bytes_text(size)}")
+    print(f"{what} matches its checksum: {counted(files, 'file')}, {bytes_text(size)}")
     if exported:
         print(
             "an export is checked for its bytes only; verify the store that it was made from to recompute rows"
         )
-    elif config.batches and store.n_sequences:
-        found = verify_rows(
-            store, config.model, tokenizer=config.tokenizer, batches=config.batches, seed=config.seed
-        )
-        how = (
-            "the same bits"
-            if found.bitwise
-            else f"captured on another stack: the largest difference is {found.largest:.1e} of the root mean square "
-            f"(at most {BOUND:g})"
-        )
-        print(f"{found.batches} batches ({found.rows:,} rows) recomputed: {how}")
+    elif origin is not None:
+        print(_told(recompute(store, origin, batches=config.batches, seed=config.seed)))
     return 0
+
+
+def _told(found: Verification) -> str:
+    """What recomputing found."""
+    from capture.recomputed import BOUND
+
+    if not found.batches:
+        return "no whole batch is committed yet, so none was recomputed"
+    how = (
+        "the same bits"
+        if found.bitwise
+        else f"captured on another stack: the largest difference is {found.largest:.1e} of the root mean square "
+        f"(at most {BOUND:g})"
+    )
+    return f"{counted(found.batches, 'batch', 'batches')} ({counted(found.rows, 'row')}) recomputed: {how}"

@@ -9,11 +9,14 @@ from typing import Any, Literal
 from capture import schema
 from capture.sampler_source import SamplerSource
 from capture.schema import StoredType
-from mdlm_interp.config_files import to_mapping
+from mdlm_interp.config_files import check_fields, to_mapping
 from mdlm_interp.errors import ConfigError
 
 RUN_ONLY = frozenset({"out", "endpoint", "rank", "world_size", "any_disk", "forwards"})
 """Fields that say how a capture runs and not what is in the store; a store does not keep them."""
+
+MOST = {"batch_size": 2**16, "forwards": 2**8, "world_size": 2**12}
+"""More of these would take all memory, or make more files than rows, before anything is recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,7 @@ class CaptureConfig:
     """Record a sampler's steps instead of noised text; files stay empty."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.sampler is not None:
             self._check_sampler()
         elif not self.files:
@@ -84,19 +88,12 @@ class CaptureConfig:
             raise ConfigError("out must name a directory or a URL, got ''; give one with --out")
         if not self.hooks:
             raise ConfigError("hooks must name at least one hook point")
-        for name in (
-            "length",
-            "max_sequences",
-            "max_rows",
-            "batch_size",
-            "every",
-            "per_sequence",
-            "world_size",
-            "forwards",
-        ):
+        for name in ("length", "max_sequences", "max_rows", "every", "per_sequence", *MOST):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+            if value is not None and value > MOST.get(name, value):
+                raise ConfigError(f"{name} must be at most {MOST[name]:,}, got {value}; lower it")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed must be in [0, 2**64), got {self.seed}")
         if self.shard_rows is not None and (self.shard_rows < 1 or self.shard_rows % schema.CHUNK_ROWS):

@@ -9,6 +9,7 @@ from typing import Any
 from capture.forecast import bytes_text
 from capture.reader import ActivationStore
 from capture.schema import T_BINS
+from mdlm_interp.program import counted
 
 BAR_WIDTH = 30
 
@@ -17,10 +18,10 @@ def summary(store: ActivationStore) -> str:
     """One line: rows, hooks, size, and whether anything is missing."""
     state = "complete" if store.complete else f"INCOMPLETE, about {store.planned_rows:,} rows were planned"
     lossy = "" if store.dtype == "float32" else f" in {store.dtype} (lossy)"
-    hooks = f"{len(store.hooks)} hook{'s' if len(store.hooks) != 1 else ''}"
     return (
-        f"{store.name}: {len(store):,} rows ({_positions(store)} of {store.n_sequences:,} sequences of up "
-        f"to {store.length} tokens), {hooks}{lossy}, {bytes_text(store.bytes_on_disk)}, {state}"
+        f"{store.name}: {counted(len(store), 'row')} ({_positions(store)} of {counted(store.n_sequences, 'sequence')} "
+        f"of up to {store.length} tokens), {counted(len(store.hooks), 'hook')}{lossy}, "
+        f"{bytes_text(store.bytes_on_disk)}, {state}"
     )
 
 
@@ -66,7 +67,7 @@ def described(store: ActivationStore) -> list[str]:
     schedule = record["schedule"]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     batch, length = record["batch_shape"]
-    threads = f"{record['threads']} thread{'s' if record['threads'] != 1 else ''} a pass"
+    threads = f"{counted(record['threads'], 'thread')} a pass"
     source = config["pack"] + ", times " + config["times"] + (f" {config['time']}" if config["time"] else "")
     if store.sampled:
         given = ", ".join(f"{name} {value}" for name, value in config["sampler"].items() if value)

@@ -14,7 +14,7 @@ from capture.reader import open_store
 from capture.schema import StoredType
 from mdlm_interp.config_args import parse_args
 from mdlm_interp.errors import ConfigError
-from mdlm_interp.program import invocation
+from mdlm_interp.program import command_line, counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +70,12 @@ def export(argv: Sequence[str]) -> int:
     )
     seconds = perf_counter() - start
     print(
-        f"{made.path}: {made.rows:,} rows of {made.sequences:,} sequences, {len(made.hooks)} hooks, {made.dtype}, "
-        f"{bytes_text(made.size)}"
+        f"{made.path}: {counted(made.rows, 'row')} of {counted(made.sequences, 'sequence')}, "
+        f"{counted(len(made.hooks), 'hook')}, {made.dtype}, {bytes_text(made.size)}"
     )
     print(f"took {seconds:.1f} s ({bytes_text(made.size / seconds)}/s)")
     if config.to == "crosslayer-coding":
         print(f"next: crosslayer-coding's LocalActivationStore({str(made.path)!r}, dtype={made.dtype!r})")
     else:
-        print(f"next: {invocation()} capture info {made.path}")
+        print(f"next: {command_line('capture', 'info', made.path)}")
     return 0

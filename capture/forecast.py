@@ -19,6 +19,7 @@ from capture.request import Request, forward_of_request, prepared
 from capture.shards import CRC_BYTES
 from mdlm_interp.documents import Document, read_documents, text_bytes
 from mdlm_interp.errors import StoreError
+from mdlm_interp.program import counted
 from mdlm_interp.tokenizers import Tokenizer
 
 SAMPLE_DOCUMENTS = 200
@@ -54,7 +55,8 @@ class Forecast:
     def __str__(self) -> str:
         if self.complete:
             return f"complete with {self.present:,} rows; nothing is left to do"
-        expected = f"about {self.rows:,} rows of {self.sequences:,} sequences, {bytes_text(self.size)}"
+        rows, sequences = counted(self.rows, "row"), counted(self.sequences, "sequence")
+        expected = f"about {rows} of {sequences}, {bytes_text(self.size)}"
         took = "" if self.seconds is None else f", about {duration(self.seconds / 3600)}"
         if self.present:
             took = f", {self.present:,} rows are there{took and took + ' for the others'}"
@@ -117,7 +119,10 @@ def forecast(config: CaptureConfig, tokenizer: Tokenizer, layout: schema.Layout)
     if config.max_sequences is not None:
         sequences = min(sequences, config.max_sequences)
     if config.max_rows is not None:
-        sequences = min(sequences, ceil(config.max_rows / max(rows_each, 1)))
+        fitting = config.max_rows / max(rows_each, 1)
+        # The last sequence is recorded whole or not at all, and here every one has as many rows.
+        known = config.positions not in ("masked", "unmasked") and len(set(lengths)) == 1
+        sequences = min(sequences, int(fitting) if known else ceil(fitting))
     rows = max(1, round(sequences * rows_each))
     if config.max_rows is not None:
         rows = min(rows, config.max_rows)

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capture.reader import ActivationStore
+from capture.row_numbers import shown, whole_number, whole_numbers
 from capture.schema import CHUNK_ROWS
 from mdlm_interp.errors import ConfigError, DataError
 from mdlm_interp.randomness import permutation
@@ -95,8 +96,8 @@ class ShuffledRows:
         rank: Which of `world_size` processes this is. All have the same number of steps; with
             `drop_last` all their batches are full.
     Raises:
-        ConfigError: If an argument is out of its range.
-        DataError: If no row is selected, or too few for one batch.
+        ConfigError: If an argument is of another type or out of its range.
+        DataError: If `sequences` are not numbers of sequences, or too few rows for one batch are selected.
         StoreError: If a hook is not in the store.
     """
 
@@ -114,9 +115,23 @@ class ShuffledRows:
         world_size: int = 1,
         drop_last: bool = False,
     ) -> None:
+        batch_size, seed, window_chunks, rank, world_size = (
+            whole_number(value, name, ConfigError)
+            for name, value in (
+                ("batch_size", batch_size),
+                ("seed", seed),
+                ("window_chunks", window_chunks),
+                ("rank", rank),
+                ("world_size", world_size),
+            )
+        )
         for name, value in (("batch_size", batch_size), ("window_chunks", window_chunks)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not 0 <= seed < 2**64:
+            raise ConfigError(f"seed must be in [0, 2**64), got {seed}; leave it out for 0")
+        if not isinstance(drop_last, bool | np.bool_):
+            raise ConfigError(f"drop_last must be True or False, got {shown(drop_last)}; pass one of them")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank must be in [0, world_size {world_size}), got {rank}")
         if select not in ("all", "masked", "unmasked"):
@@ -150,13 +165,22 @@ class ShuffledRows:
 
     @property
     def position(self) -> Position:
-        """The (epoch, step) of the next batch that iteration gives; may be set to go on from there."""
+        """The (epoch, step) of the next batch that iteration gives; may be set to go on from there.
+
+        Raises:
+            ConfigError: If what is set is no position, or one that this iteration does not have.
+        """
         return self._position
 
     @position.setter
-    def position(self, position: tuple[int, int]) -> None:
-        self._check(*position)
-        self._position = Position(*position)
+    def position(self, position: Sequence[int]) -> None:
+        try:
+            epoch, step = position
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"a position must be (epoch, step), got {shown(position)}; pass what `position` was when it was saved"
+            ) from None
+        self._position = self._check(epoch, step)
 
     def __iter__(self) -> Iterator[RowBatch]:
         """The batches from `position` to the end of its epoch; `position` is then that of the next one."""
@@ -172,7 +196,7 @@ class ShuffledRows:
         Raises:
             ConfigError: If there is no such step.
         """
-        self._check(epoch, step)
+        epoch, step = self._check(epoch, step)
         parts = [np.empty(0, np.int64)]
         for window, part in self._pieces(epoch, step):
             rows, order = self._window_rows(epoch, window)
@@ -185,7 +209,7 @@ class ShuffledRows:
         Raises:
             ConfigError: If there is no such step.
         """
-        self._check(epoch, step)
+        epoch, step = self._check(epoch, step)
         pieces = self._pieces(epoch, step)
         self._windows = {key: self._windows[key] for w, _ in pieces if (key := (epoch, w)) in self._windows}
         parts = []
@@ -198,12 +222,14 @@ class ShuffledRows:
             parts.append(_chosen(whole, torch.from_numpy(order[part])))
         return _joined(parts) if parts else self._read(np.empty(0, np.int64))
 
-    def _check(self, epoch: int, step: int) -> None:
+    def _check(self, epoch: Any, step: Any) -> Position:
+        epoch, step = whole_number(epoch, "epoch", ConfigError), whole_number(step, "step", ConfigError)
         if not 0 <= epoch < MOST_EPOCHS or not 0 <= step < self.steps_per_epoch:
             raise ConfigError(
                 f"an epoch has steps 0 to {self.steps_per_epoch - 1}, got step {step} of epoch {epoch}; was the "
                 f"position saved with another store, selection, batch_size or world_size?"
             )
+        return Position(epoch, step)
 
     def _after(self, position: Position) -> Position:
         epoch, step = position
@@ -289,9 +315,9 @@ class ShuffledRows:
         return selected
 
 
-def _lookup(sequences: Sequence[int] | NDArray[np.integer[Any]], store: ActivationStore) -> NDArray[np.bool_]:
+def _lookup(sequences: Any, store: ActivationStore) -> NDArray[np.bool_]:
     """Whether each sequence is wanted, by its number."""
-    numbers = np.asarray(sequences, np.int64)
+    numbers = whole_numbers(sequences, "sequences", DataError)
     # The beginning of one more sequence may be committed.
     wanted = np.zeros(store.n_sequences + 1, np.bool_)
     outside = numbers[(numbers < 0) | (numbers >= store.n_sequences)]

@@ -99,6 +99,10 @@ class Place(Protocol):
         """Paths of all files."""
         ...
 
+    def sizes(self, paths: Sequence[str]) -> list[int | None]:
+        """Bytes of each of these files; none of one that is not there."""
+        ...
+
     def remove(self, path: str) -> None:
         """Remove a file or a directory with all that is in it, if it is there."""
         ...
@@ -215,6 +219,16 @@ class Directory:
         return sorted(
             path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()
         )
+
+    def sizes(self, paths: Sequence[str]) -> list[int | None]:
+        """Bytes of each of these files; none of one that is not there."""
+        found: list[int | None] = []
+        for path in paths:
+            try:
+                found.append((self.root / path).stat().st_size)
+            except (FileNotFoundError, NotADirectoryError):
+                found.append(None)
+        return found
 
     def remove(self, path: str) -> None:
         """Remove a file or a directory with all that is in it, if it is there."""

@@ -8,6 +8,7 @@ whose checksum does not match, or a file that is gone, is an error that names th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from capture import schema
 from capture.places import Place, place_of
-from capture.row_numbers import RowNumbers, Rows
+from capture.row_numbers import RowNumbers, Rows, shown, whole_number
 from capture.statistics import HookStatistics, RunningMoments
 from capture.store_files import RowArray, StoreFiles
 from capture.store_header import StoreHeader
@@ -39,6 +40,8 @@ def open_store(path: str | Path, *, endpoint: str | None = None) -> ActivationSt
     Raises:
         StoreError: If there is no store, its metadata is damaged, or a later version wrote it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise StoreError(f"a store is opened by its path or URL, got {shown(path)}; pass a str or a Path")
     # Here, because what reads an export is made of what is in this module.
     from capture.convert.exported import open_export
 
@@ -162,10 +165,15 @@ class ActivationStore(StoreHeader):
         Args:
             sequences: Consecutive ones, as of a list; of a complete store only those are read.
         Raises:
-            StoreError: If there is no such column, or the slice has a step.
+            StoreError: If there is no such column, or `sequences` is no slice, or one with a step.
         """
         if name not in schema.SEQUENCE_COLUMNS:
             raise StoreError(f"{self.name} has no column {name!r}{nearest(name, schema.SEQUENCE_COLUMNS)}")
+        if not isinstance(sequences, slice):
+            raise StoreError(
+                f"sequences must be a slice, got {shown(sequences)}; pass slice(start, stop), or index the whole "
+                f"column"
+            )
         start, stop, step = sequences.indices(self.n_sequences)
         if step != 1:
             raise StoreError(f"a slice of sequences must have step 1, got {step}")
@@ -179,6 +187,7 @@ class ActivationStore(StoreHeader):
         Raises:
             StoreError: If there is no such sequence.
         """
+        seq = whole_number(seq, "seq", StoreError)
         if not 0 <= seq < self.n_sequences:
             raise StoreError(f"{self.name}: sequences are in [0, {self.n_sequences}), got {seq}")
         starts = self._files.sequence_column("row")
@@ -195,6 +204,7 @@ class ActivationStore(StoreHeader):
         Raises:
             StoreError: If there is no such sequence, or this position of it was not recorded.
         """
+        seq, pos = whole_number(seq, "seq", StoreError), whole_number(pos, "pos", StoreError)
         rows = self.sequence_rows(seq)
         recorded = self._files.array("rows/pos").read(rows.start, rows.stop)
         index = int(np.searchsorted(recorded, pos))

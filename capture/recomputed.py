@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ from capture.request import forward_of, in_arithmetic
 from mdlm_interp.checkpoints import resolve_source
 from mdlm_interp.config_files import from_mapping
 from mdlm_interp.documents import StreamPosition, TokenBlock
-from mdlm_interp.errors import StoreError
+from mdlm_interp.errors import ConfigError, StoreError
 from mdlm_interp.model import HookedMDLM
 from mdlm_interp.randomness import permutation
-from mdlm_interp.tokenizers import load_tokenizer
+from mdlm_interp.tokenizers import Tokenizer, load_tokenizer
 
 BOUND = 1e-3
 """Largest difference of a recomputed activation on another stack, as a share of its hook's root mean square.
@@ -56,18 +57,42 @@ class Verification:
     """Largest difference from the stored values, as a share of the hook's root mean square."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a store was captured with, found again and with the hashes that the store has."""
+
+    config: CaptureConfig
+    """On this machine's CPU."""
+    model: HookedMDLM
+    tokenizer: Tokenizer
+    bitwise: bool
+    """Whether this stack must give the same bits."""
+
+
 def verify_rows(
     store: ActivationStore, model: str | None, *, tokenizer: str | None = None, batches: int, seed: int = 0
 ) -> Verification:
-    """Recompute sampled batches and compare them with what is stored.
+    """Recompute sampled batches and compare them with what is stored; `origin_of`, then `recompute`."""
+    check_batches(batches)
+    return recompute(store, origin_of(store, model, tokenizer), batches=batches, seed=seed)
+
+
+def check_batches(batches: int) -> None:
+    """Raise ConfigError unless it is a number of batches."""
+    if not isinstance(batches, Integral) or isinstance(batches, bool) or batches < 0:
+        raise ConfigError(f"batches must be a whole number from 0, got {batches!r}; 0 checks the bytes only")
+
+
+def origin_of(store: ActivationStore, model: str | None, tokenizer: str | None = None) -> Origin:
+    """The model and the tokenizer that a store was captured with.
 
     Args:
         model: Where the weights are; none takes the store's own word.
         tokenizer: Where the tokenizer is; none takes the store's word, or the model's own if the store's came with it.
-        batches: How many to recompute; all, if there are not so many.
-        seed: Key of the sample.
     Raises:
-        StoreError: If the model is another one, or anything differs by more than it may.
+        StoreError: If the weights or the tokenizer are others.
+        ConfigError: If torch was told to multiply with fewer digits than a store promises.
+        MdlmError: If they are not there or do not load.
     """
     config = recorded_config(store, model, tokenizer)
     directory = resolve_source(config.model)
@@ -85,17 +110,32 @@ def verify_rows(
             )
     if config.arithmetic == "native":
         refuse_rounded_factors(next(network.parameters()).device)
-    forward = forward_of(network, store.hooks, config)
     before = {key: item(store.provenance, key) for key in SAME_STACK}
     # Earlier versions did not record all of them.
     same_stack = all(value == item(now, key) for key, value in before.items() if value is not None)
     bitwise = config.arithmetic == "exact" or same_stack
+    return Origin(config=config, model=network, tokenizer=words, bitwise=bitwise)
+
+
+def recompute(store: ActivationStore, origin: Origin, *, batches: int, seed: int = 0) -> Verification:
+    """Recompute sampled batches and compare them with what is stored.
+
+    Args:
+        batches: How many to recompute; all, if there are not so many.
+        seed: Key of the sample.
+    Raises:
+        StoreError: If anything differs by more than it may.
+    """
+    config, bitwise = origin.config, origin.bitwise
+    forward = forward_of(origin.model, store.hooks, config)
     rows, largest, done = 0, 0.0, 0
     again = None
     if config.sampler is not None and bitwise:
-        again = Decodings(config, in_arithmetic(network, config), words)
-    with on_threads(threads):
-        for batch in islice(sampled_batches(store, config, words.mask_id, seed, again), batches):
+        again = Decodings(config, in_arithmetic(origin.model, config), origin.tokenizer)
+    sampled = sampled_batches(store, config, origin.tokenizer.mask_id, seed, again)
+    with on_threads(store.provenance["threads"]):
+        # islice takes no number of more than 63 bits.
+        for batch in islice(sampled, min(batches, store.n_sequences)):
             acts = forward(batch, check=True)
             largest = max(largest, _compare(store, batch, acts, bitwise=bitwise))
             rows, done = rows + batch.stop - batch.start, done + 1

@@ -165,6 +165,16 @@ class ObjectStore:
         """Paths of all files, sorted."""
         return self._below("")
 
+    def sizes(self, paths: Sequence[str]) -> list[int | None]:
+        """Bytes of each of these files, by one list of all; none of one that is not there."""
+        with self._errors(StoreError, "read"):
+            found = {
+                str(entry["path"]): int(entry["size"])
+                for block in obstore.list(self._store)
+                for entry in block
+            }
+        return [found.get(path) for path in paths]
+
     def remove(self, path: str) -> None:
         """Remove a file or all files of a directory; the lock of another process that lives stays."""
         self._check_leases()

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from capture.begin import begin, begun
-from capture.checked_files import check_begun
+from capture.checked_files import check_begun, check_shards
 from capture.config import CaptureConfig
 from capture.finish import clean, done_name, finish, has_leftovers
 from capture.forecast import Forecast, forecast, refuse_full_disk, with_time
@@ -132,7 +132,7 @@ def _possible(place: Place, config: CaptureConfig) -> _Possible:
         ),
     }
     if place.exists():
-        begun(place, attributes, request.rank, request.world_size)
+        check_shards(place, begun(place, attributes, request.rank, request.world_size), request.layout)
     return _Possible(
         request=request, expected=expected, forward=forward, sources=sources, attributes=attributes
     )

@@ -262,5 +262,5 @@ def stored(acts: Tensor, dtype: schema.StoredType, hook: str) -> NDArray[Any]:
     if dtype == "float32":
         return acts.contiguous().numpy()
     half = acts.to(torch.float16 if dtype == "float16" else torch.bfloat16).contiguous()
-    refuse_overflow(acts, half, hook, command="capture")
+    refuse_overflow(acts, half, hook, command="capture", where=" to another --out")
     return half.numpy() if dtype == "float16" else half.view(torch.uint16).numpy()

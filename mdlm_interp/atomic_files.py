@@ -3,7 +3,8 @@
 1. What is written goes to a temporary sibling, `.partial-NAME`, which no reader takes for the finished thing.
 2. When the caller is done it is fsynced, renamed to its name, and the directory that holds it is fsynced.
 3. If anything fails before that, the sibling is removed and what stood under the name is as it was. A
-   process that is killed leaves the sibling, and the next attempt starts it anew.
+   process that is killed leaves the sibling, and the next attempt starts it anew, whether it was a file or
+   a directory.
 
 A full, read-only or failing disk becomes a WriteError, whichever library met it: Python's OSError, or the
 exceptions of libraries written in Rust (safetensors, tokenizers), which name the error in their text.
@@ -62,7 +63,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.unlink(missing_ok=True)
+            _remove(partial)
             partial.touch()
             mode = partial.stat().st_mode
             yield partial
@@ -72,7 +73,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             sync(path.parent)
         finally:
             with suppress(OSError):
-                partial.unlink(missing_ok=True)
+                _remove(partial)
 
 
 @contextmanager
@@ -101,14 +102,15 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(PREFIX + path.name)
     with write_errors(path):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             partial.mkdir(parents=True)
             yield partial
             sync_tree(partial)
             os.replace(partial, path)
             sync(path.parent)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                _remove(partial)
 
 
 def refuse_existing(path: Path) -> None:
@@ -161,6 +163,18 @@ def sync_tree(root: Path) -> None:
     for top, _, files in os.walk(root):
         for name in [*files, ""]:
             sync(Path(top, name))
+
+
+def _remove(partial: Path) -> None:
+    """Remove what is at a path: a file, a directory with all in it, or a link but not what it leads to."""
+    if partial.is_symlink() or not partial.is_dir():
+        partial.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(partial)
+    except OSError as error:
+        # It may name an entry without its directory, which would be taken for some other file.
+        raise OSError(error.errno, error.strerror, str(partial)) from error
 
 
 def _disk_error(error: Exception, path: Path) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mdlm_interp.config_files import check_fields
 from mdlm_interp.errors import CheckpointError, ConfigError, nearest
 
 LAYER_NORM_EPS = 1e-5
@@ -151,6 +152,7 @@ class MDLMConfig(NetworkShape):
     """What the transformers class returns by default; HookedMDLM always returns the logits."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.check_shape(("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_heads"))
 
     @classmethod

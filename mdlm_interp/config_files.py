@@ -13,6 +13,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
@@ -28,8 +29,18 @@ from mdlm_interp.config_fields import (
     without_none,
 )
 from mdlm_interp.errors import ConfigError, nearest
+from mdlm_interp.yaml_files import read_yaml
 
-__all__ = ["COMMAND_LINE", "Override", "field_docs", "from_mapping", "lay_over", "load_config", "to_mapping"]
+__all__ = [
+    "COMMAND_LINE",
+    "Override",
+    "check_fields",
+    "field_docs",
+    "from_mapping",
+    "lay_over",
+    "load_config",
+    "to_mapping",
+]
 
 T = TypeVar("T")
 
@@ -74,11 +85,27 @@ def load_config(cls: type[T], path: str | Path, overrides: Mapping[str, Override
     Raises:
         ConfigError: If the file cannot be read, or file and overrides do not make a valid config.
     """
-    mapping = _read_yaml(Path(path))
+    mapping = read_yaml(Path(path))
     if not overrides:
         return from_mapping(cls, mapping, source=str(path))
     options = " ".join(f"--{option_name(key)}" for key in overrides)
     return from_mapping(cls, lay_over(cls, mapping, overrides), source=f"{path} with {options}")
+
+
+def check_fields(config: Any) -> None:
+    """Check the values of a config made in Python as those of a file; first of all in its `__post_init__`.
+
+    Afterwards each field holds its own type: lists are tuples, whole numbers floats, text a path, where it says so.
+
+    Raises:
+        ConfigError: On a wrong type or choice, which would otherwise mean something else, or fail much later.
+    """
+    place = _Place(type(config).__name__)
+    for name, annotation in field_types(type(config)).items():
+        given = getattr(config, name)
+        held = _read(annotation, given, place.child(name))
+        if held is not given:
+            object.__setattr__(config, name, held)
 
 
 def to_mapping(config: Any) -> dict[str, object]:
@@ -152,7 +179,7 @@ def _read(annotation: Any, value: object, place: _Place, instance: object = None
     if optional and value is None:
         return None
     if is_dataclass(inner):
-        return _build(inner, value, place, instance)
+        return value if isinstance(value, cast(type, inner)) else _build(inner, value, place, instance)
     if get_origin(inner) is Literal:
         for choice in get_args(inner):
             if type(choice) is type(value) and choice == value:
@@ -167,10 +194,18 @@ def _read(annotation: Any, value: object, place: _Place, instance: object = None
         return tuple(map(_read, types, value, places))
     if inner is Path and isinstance(value, str | Path) and value != "":
         return Path(value)
-    if inner is float and type(value) is int and abs(value) < 2**1023:
-        return float(value)
     if inner in (bool, int, float, str) and type(value) is inner:
         return value
+    # In Python a number may be numpy's, and a Path stand where text is meant.
+    whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if inner is int and whole is not None:
+        return whole
+    if inner is float and whole is not None and abs(whole) < 2**1023:
+        return float(whole)
+    if inner is float and isinstance(value, Real) and not isinstance(value, Integral):
+        return float(value)
+    if inner is str and isinstance(value, Path):
+        return str(value)
     expected = type_name(annotation)
     raise ConfigError(f"{place}: expected {expected}, got {reprlib.repr(value)}{_remedy(inner, value)}")
 
@@ -187,6 +222,8 @@ def _remedy(wanted: Any, value: object) -> str:
         return f"; write {int(value)}"
     if wanted in (str, Path) and isinstance(value, bool | int | float):
         return "; put it in quotes to make it text"
+    if get_origin(wanted) is tuple and isinstance(value, str):
+        return f"; write [{value!r}]"
     return ""
 
 
@@ -213,58 +250,6 @@ def _from_text(annotation: Any, text: Override, place: _Place) -> object:
         return inner(text) if inner in (int, float) else text
     except (KeyError, ValueError):
         raise ConfigError(f"{place}: expected {type_name(annotation)}, got {text!r}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, object]:
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        near = nearest(path.name, sorted(file.name for file in path.parent.glob("*.y*ml")))
-        raise ConfigError(f"{path}: no such file{near}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    mapping = _parse_yaml(text, str(path))
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {reprlib.repr(mapping)}")
-    return mapping
-
-
-def _parse_yaml(text: str, source: str) -> object:
-    import yaml  # needed to read a file, not to import the packages
-
-    try:
-        nodes = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = " ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"{source}, line {line}: not valid YAML: {problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
-    _refuse_duplicates(nodes, source)
-    return cast(object, value)
-
-
-def _refuse_duplicates(root: Any, source: str) -> None:
-    """YAML keeps the last of two equal keys without a word; here that is an error."""
-    pending, visited = [root], set()
-    while pending:
-        node = pending.pop()
-        if node is None or isinstance(node.value, str) or id(node) in visited:
-            continue
-        visited.add(id(node))  # an alias can make the graph cyclic
-        marks: dict[str, Any] = {}
-        for entry in node.value:
-            if not isinstance(entry, tuple):
-                pending.append(entry)
-                continue
-            pending += entry
-            key, mark = entry[0].value, entry[0].start_mark
-            if isinstance(key, str) and marks.setdefault(key, mark) is not mark:
-                first = f"first in line {marks[key].line + 1}"
-                raise ConfigError(f"{source}, line {mark.line + 1}: key {key!r} is given twice, {first}")
 
 
 def _plain(value: Any) -> object:

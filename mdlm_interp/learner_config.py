@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mdlm_interp.config import NetworkShape, read_config_json, stored_fields
+from mdlm_interp.config_files import check_fields
 from mdlm_interp.errors import CheckpointError, ConfigError
 
 MODEL_TYPE = "mdlm-learner"
@@ -52,6 +53,7 @@ class LearnerConfig(NetworkShape):
     network leave the unigram plateau sooner, as MDLM's gates do, which begin at 0."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.check_shape(("model_length", "hidden_dim", "n_heads"))
         if self.time_conditioning and self.hidden_dim < 4:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""How this program was called, so that the commands it suggests can be pasted."""
+"""What commands print: commands that can be pasted, and counted things."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ import sys
 from pathlib import Path
 
 NAME = "mdlm-interp"
+
+
+def command_line(*words: str | Path) -> str:
+    """This program with these words as its arguments, as a shell reads them."""
+    return f"{invocation()} {shlex.join(map(str, words))}"
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with what it counts: `1 row`, `1,024 rows`.
+
+    Args:
+        many: The plural; none adds an s.
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def invocation() -> str:

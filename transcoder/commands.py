@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdlm_interp.config_args import parse_args
-from mdlm_interp.program import invocation
+from mdlm_interp.program import command_line, counted
 from transcoder.config import METRICS, CLTRunConfig
 from transcoder.config_checks import require_apart, require_at_least_one
 
@@ -62,11 +62,12 @@ def train(argv: Sequence[str]) -> int:
     print(f"{config.out}: {clt.extra_repr()}")
     for last in read_log(config.out / METRICS)[-1:]:
         print(
-            f"after {last['step']} steps on {last['rows']:,} rows: FVU {fvu_text(last)}, "
-            f"L0 {last['l0']:.1f} per layer, {last['dead']} dead features"
+            f"after {counted(last['step'], 'step')} on {counted(last['rows'], 'row')}: FVU {fvu_text(last)}, "
+            f"L0 {last['l0']:.1f} per layer, {counted(last['dead'], 'dead feature')}"
         )
     if config.store is not None:
-        print(f"next: {invocation()} clt eval {config.out} {config.store} --model {_model_of(config.store)}")
+        following = command_line("clt", "eval", config.out, config.store, "--model", _model_of(config.store))
+        print(f"next: {following}")
     return 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from mdlm_interp.config_files import check_fields
 from mdlm_interp.errors import ConfigError
 from transcoder.config_checks import (
     LAYER_FIELD,
@@ -63,6 +64,7 @@ class FeatureConfig:
     """Hook point whose activation the decoders reconstruct."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_k_features(self)
         require_hooks(self)
         require_at_least_one(self, ("band",))
@@ -89,6 +91,7 @@ class TranscoderConfig(FeatureConfig):
     """Width of the residual stream."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_at_least_one(self, ("n_layers", "d_model"))
         super().__post_init__()
         if self.band is not None and self.band >= self.n_layers:
@@ -154,6 +157,7 @@ class InitConfig:
     """Threshold of jumprelu at the start, in units of pre-activations."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_in(self, "rows", "at least 2", self.rows >= 2)
         require_in(self, "threshold", "above 0 and finite", 0.0 < self.threshold < float("inf"))
         fires = self.active_features is None or 0.0 < self.active_features < float("inf")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mdlm_interp.config_files import check_fields
 from transcoder.config_checks import require_at_least_one
 
 
@@ -26,5 +27,6 @@ class LiveConfig:
     """Training sequences, at most, that the normalisation is taken of before training."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         counts = "length max_sequences window_sequences batch_sequences statistics_sequences"
         require_at_least_one(self, counts.split())

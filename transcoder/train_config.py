@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from mdlm_interp.config_files import check_fields
 from mdlm_interp.errors import ConfigError
 from transcoder.config_checks import (
     require_at_least_one,
@@ -96,6 +97,7 @@ class TrainConfig:
     """Project of Weights & Biases that metrics also go to; needs the extra wandb."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         counts = (
             "steps batch_size dead_after_tokens window_chunks log_every checkpoint_every keep_checkpoints"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mdlm_interp.config_files import check_fields
 from mdlm_interp.decoding.draws import Draw
 from mdlm_interp.decoding.orders import Order
 from mdlm_interp.decoding.remasking import ReMDM, TakeBack
@@ -63,6 +64,7 @@ class SamplerChoice:
     """Start from random tokens and write positions again and again, per_step at a time, below the threshold."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self._refuse_unused()
         self.sampler()
 

@@ -150,4 +150,4 @@ class TakeBack:
         else:
             score = -at.committed
         score = score.masked_fill(~at.revocable, -torch.inf)
-        return highest(score, at.revocable.sum(1).clamp(max=self.per_step))
+        return highest(score, at.revocable.sum(1).clamp(max=min(self.per_step, at.revocable.shape[1])))

@@ -73,7 +73,7 @@ class Rewrite:
         if self.version == "least_confident":
             wanted, score = wanted & (score < self.threshold), -score
         score = score.masked_fill(~wanted, -torch.inf)
-        return highest(score, wanted.sum(1).clamp(max=self.per_step))
+        return highest(score, wanted.sum(1).clamp(max=min(self.per_step, wanted.shape[1])))
 
 
 def random_tokens(words: Words, allowed: Int64[Tensor, " allowed"]) -> Int64[Tensor, "batch pos"]:

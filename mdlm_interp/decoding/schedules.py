@@ -192,7 +192,7 @@ class Fixed:
 
     def choose(self, at: Step) -> Bool[Tensor, "batch pos"]:
         """Open positions that this step fills."""
-        return highest(at.score, at.is_open.sum(1).clamp(max=self.per_step))
+        return highest(at.score, at.is_open.sum(1).clamp(max=min(self.per_step, at.is_open.shape[1])))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from mdlm_interp.config import MDLMConfig
+from mdlm_interp.config_files import check_fields
 from mdlm_interp.errors import ConfigError
 
 Form = Literal["wrapped", "bare"]
@@ -77,6 +78,7 @@ class RunConfig:
     """Steps between lines in the log."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self._check_numbers()
         self._check_decay()
 
@@ -181,6 +183,7 @@ class TextConfig(RunConfig):
     """Compressor whose code length of the text is reported beside the losses; none if none."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.files:
             raise ConfigError("files must name at least one text file")
         super().__post_init__()
@@ -257,6 +260,7 @@ class TokenizerConfig:
     """Texts that are one token each wherever they stand, such as <|user|>; <|endoftext|> always is."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.files:
             raise ConfigError("files must name at least one text file")
         fewest = 258 + len(self.special_tokens)

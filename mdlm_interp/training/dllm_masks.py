@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdlm_interp.config_files import check_fields
 from mdlm_interp.errors import ConfigError, DataError
 from mdlm_interp.randomness import uniforms
 from mdlm_interp.shapes import Bool, Float, Float32, Int64
@@ -62,6 +63,7 @@ class MaskingConfig:
     """Keep an example's masks in all epochs, as published; else they are drawn anew in each."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0.0 <= self.lowest <= self.highest <= 1.0:
             raise ConfigError(
                 f"lowest and highest must be shares with lowest <= highest, got {self.lowest} and {self.highest}; "

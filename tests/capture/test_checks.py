@@ -53,7 +53,8 @@ def test_a_capture_looks_at_the_sums_though_it_records_none_of_them(config, monk
 def test_activations_too_large_for_float16_are_refused_and_nothing_is_committed(config, monkeypatch):
     change(monkeypatch, "hook_embed", lambda acts: acts * 1e7)
     with pytest.raises(
-        StoreError, match=r"and float16 ends at 65504; capture with --dtype bfloat16 or float32"
+        StoreError,
+        match=r"and float16 ends at 65504; capture with --dtype bfloat16 or float32 to another --out$",
     ):
         run_capture(replace(config, hooks=("hook_embed",), dtype="float16"))
     assert run_capture(
@@ -77,7 +78,8 @@ def test_a_finite_value_beyond_the_type_is_refused_and_an_infinite_one_is_kept(d
     with pytest.raises(StoreError) as caught:
         stored(beyond, dtype, "hook_embed")
     assert str(caught.value) == (
-        f"hook_embed reaches {-float(beyond[1]):g} and {dtype} ends at {end:g}; capture with --dtype {wider}"
+        f"hook_embed reaches {-float(beyond[1]):g} and {dtype} ends at {end:g}; capture with --dtype {wider} "
+        f"to another --out"
     )
 
 
@@ -86,7 +88,8 @@ def test_activations_too_large_for_bfloat16_are_refused_and_nothing_is_committed
     for dtype in ("bfloat16", "float16"):
         changed = replace(config, hooks=("hook_embed",), dtype=dtype, out=f"{config.out}-{dtype}")
         with pytest.raises(
-            StoreError, match=r"reaches 3\.4e\+38 and .* ends at .*; capture with --dtype float32$"
+            StoreError,
+            match=r"reaches 3\.4e\+38 and .* ends at .*; capture with --dtype float32 to another --out$",
         ):
             run_capture(changed)
         assert len(open_store(changed.out)) == 0

@@ -1,6 +1,8 @@
 """The commands run, describe and check a store in words that hold."""
 
 import re
+import shlex
+import shutil
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -15,6 +17,7 @@ from capture.commands import info, run, verify
 from capture.forecast import bytes_text
 from mdlm_interp.__main__ import main
 from mdlm_interp.config_files import load_config
+from mdlm_interp.program import invocation
 
 ROOT = Path(__file__).parents[2]
 Usage = namedtuple("Usage", "total used free")
@@ -102,6 +105,38 @@ def test_the_same_command_again_finds_the_store_complete(config, capsys):
     assert run(arguments(config)) == 0
     again = capsys.readouterr().out.splitlines()
     assert (again[0], again[2]) == (first[0], first[2])
+    assert again[1] == "it was complete already; nothing was written"
+
+
+def test_what_was_begun_or_is_something_else_is_not_complete_already(config, capsys, monkeypatch):
+    words = interrupted(config, monkeypatch)
+    words.remove("--max-sequences")
+    words.remove("3")
+    assert main(["capture", "run", *words]) == 130
+    monkeypatch.undo()
+    assert main(["capture", "run", *words]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("took ")
+    shutil.rmtree(config.out)
+    Path(config.out).mkdir()
+    (Path(config.out) / "mine").touch()
+    assert main(["capture", "run", *words]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert f"error: {config.out} " in said.err
+
+
+def test_the_command_that_comes_next_can_be_pasted(config, capsys, monkeypatch):
+    config = replace(config, out=str(Path(config.out).with_name("a b.zarr")))
+    assert run(arguments(config)) == 0
+    following = f"next: {invocation()} "
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix(following)
+    assert shlex.split(command) == ["capture", "info", config.out]
+    # Only a URL has an endpoint.
+    store = open_store(config.out)
+    monkeypatch.setattr("capture.run.run_capture", lambda *_, **__: store)
+    assert run([*arguments(config), "--endpoint", "http://localhost:1/a b"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix(following)
+    assert shlex.split(command) == ["capture", "info", config.out, "--endpoint", "http://localhost:1/a b"]
 
 
 def test_info_describes_the_store(config, capsys):
@@ -143,7 +178,43 @@ def test_verify_says_what_was_checked(config, capsys):
     assert verify([config.out, "--batches", "2"]) == 0
     out = capsys.readouterr().out
     assert "every byte matches its checksum: " in out
-    assert "1 batches (72 rows) recomputed: the same bits" in out
+    assert "1 batch (72 rows) recomputed: the same bits" in out
+
+
+@pytest.mark.parametrize("batches", [2**31, 2**70])
+def test_verify_of_more_batches_than_there_are_takes_all(config, batches, capsys):
+    run(arguments(config))
+    assert main(["capture", "verify", config.out, "--batches", str(batches)]) == 0
+    assert "1 batch (72 rows) recomputed: the same bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model", "nowhere", "; --batches 0 checks the bytes only"),
+        ("--tokenizer", "nowhere", "; --batches 0 checks the bytes only"),
+        ("--batches", "-1", "batches must be a whole number from 0, got -1; 0 checks the bytes only"),
+    ],
+)
+def test_verify_refuses_what_it_cannot_use_before_it_reads_a_byte(
+    config, option, value, message, tmp_path, capsys, monkeypatch
+):
+    run(arguments(config))
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("capture.verify.verify_files", lambda *_, **__: pytest.fail("bytes were read"))
+    assert main(["capture", "verify", config.out, f"{option}={value}"]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err.count("\n") == 1
+    assert message in said.err
+
+
+def test_verify_of_bytes_only_needs_no_model(config, capsys, monkeypatch):
+    run(arguments(config))
+    capsys.readouterr()
+    assert main(["capture", "verify", config.out, "--batches", "0", "--model", "nowhere"]) == 0
+    assert "recomputed" not in capsys.readouterr().out
 
 
 def test_verify_of_a_damaged_store_is_one_line(config, capsys):
@@ -221,14 +292,14 @@ def test_the_demo_config_names_files_that_are_there():
 
 
 def test_activations_that_are_not_finite_are_told(config, capsys, monkeypatch):
-    entry = replace(run_capture(config).manifest.shards[0], not_finite=3)
-    store = open_store(config.out)
-    monkeypatch.setattr(
-        type(store), "manifest", property(lambda self: replace(self._files.manifest, shards=(entry,)))
-    )
+    store = run_capture(config)
+    whole = store.manifest
     monkeypatch.setattr("capture.run.run_capture", lambda *_, **__: store)
-    assert run(arguments(config)) == 0
-    assert "warning: 3 activations are infinite or not a number" in capsys.readouterr().err
+    for number, told in ((3, "3 activations are"), (1, "1 activation is")):
+        manifest = replace(whole, shards=(replace(whole.shards[0], not_finite=number),))
+        monkeypatch.setattr(type(store), "manifest", manifest)
+        assert run(arguments(config)) == 0
+        assert f"warning: {told} infinite or not a number" in capsys.readouterr().err
 
 
 def test_public_names_resolve_and_others_do_not():
@@ -249,3 +320,16 @@ def test_verify_of_an_export_checks_its_bytes(config, tmp_path, capsys):
     content[-3] ^= 1
     file.write_bytes(content)
     assert main(["capture", "verify", str(out)]) == 2
+
+
+def test_verify_does_not_say_that_nothing_gave_the_same_bits(config, capsys, monkeypatch):
+    words = [*arguments(config), "--batch-size", "64", "--shard-rows", "256"]
+    words[words.index("--max-sequences") + 1] = "40"
+    words += ["--rank", "0", "--world-size", "4"]
+    assert main(["capture", "run", *words]) == 0
+    assert not open_store(config.out).complete
+    capsys.readouterr()
+    assert main(["capture", "verify", config.out]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "no whole batch is committed yet, so none was recomputed"
+    )

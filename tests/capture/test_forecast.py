@@ -258,3 +258,13 @@ def test_a_lost_rank_needs_room_for_its_own_rows_only(long, monkeypatch):
     room = round(0.7 * whole.size)
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 10**9 - room, room))
     assert run_capture(ranks[0]).complete
+
+
+@pytest.mark.parametrize("max_rows", [24, 100, 200, 255])
+def test_a_budget_of_rows_is_forecast_in_whole_sequences(long, max_rows):
+    """Exact: a sequence has 24 rows, and the one that exceeds the budget is not recorded."""
+    config, sequences = replace(long, max_rows=max_rows), max_rows // 24
+    expected, store = forecast_capture(config), run_capture(config)
+    assert (
+        (expected.rows, expected.sequences) == (sequences * 24, sequences) == (len(store), store.n_sequences)
+    )

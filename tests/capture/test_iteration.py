@@ -1,7 +1,9 @@
 """Shuffled batches: every row once an epoch, the same whatever happened before, each chunk read once."""
 
 import inspect
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +166,7 @@ def test_an_interrupted_epoch_goes_on_as_if_it_had_not_been(made, stop):
     saved = tuple(first.position)
     assert saved == (0, stop) if stop < len(whole) else (1, 0)
     again = fresh()
-    again.position = saved  # type: ignore[assignment]
+    again.position = saved
     while again.position.epoch < 2:
         found += list(again)
     assert len(found) == len(expected)
@@ -294,6 +296,10 @@ def test_an_incomplete_store_gives_its_committed_rows(tmp_path):
         ({"rank": 2, "world_size": 2}, ConfigError, r"rank must be in \[0, world_size 2\), got 2"),
         ({"hooks": "blocks.1.hook_mlp_ot"}, StoreError, "did you mean 'blocks.1.hook_mlp_out'"),
         ({"sequences": [0, 200]}, DataError, r"sequences must be in \[0, 200\), got 200"),
+        ({"seed": -1}, ConfigError, r"seed must be in \[0, 2\*\*64\), got -1; leave it out for 0"),
+        ({"seed": 2**64}, ConfigError, r"seed must be in \[0, 2\*\*64\), got 18446744073709551616; leave"),
+        ({"seed": True}, ConfigError, "seed must be a whole number, got True; pass an int"),
+        ({"sequences": [True, False]}, DataError, r"got bool \[2\] that begins with True; of a mask, pass"),
         ({"sequences": []}, DataError, "0 selected rows over 1 ranks make no batch; select more"),
         ({"sequences": [0], "world_size": 99}, DataError, "selected rows over 99 ranks make no batch"),
         ({"batch_size": 5000, "drop_last": True}, DataError, "make no full batch of 5000; select more"),
@@ -304,10 +310,59 @@ def test_arguments_that_cannot_be_are_refused(store, options, error, message):
         ShuffledRows(store, **{"batch_size": 10, **options})
 
 
-def test_a_selection_that_is_none_is_refused_also_where_types_are_not_checked(store):
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"select": "maskd"}, ConfigError, "select must be 'all', 'masked' or 'unmasked', got 'maskd'"),
+        (
+            {"sequences": np.array([True, False])},
+            DataError,
+            "sequences must be a list of whole numbers, got bool [2] that begins with True; of a mask, pass "
+            "numpy.flatnonzero(mask)",
+        ),
+        (
+            {"sequences": [1.5]},
+            DataError,
+            "sequences must be a list of whole numbers, got float64 [1] that begins",
+        ),
+        ({"sequences": 3}, DataError, "whole numbers, got 3; pass one flat list of integers"),
+        ({"seed": 0.9}, ConfigError, "seed must be a whole number, got 0.9; pass an int"),
+        ({"batch_size": 2.5}, ConfigError, "batch_size must be a whole number, got 2.5; pass an int"),
+        ({"window_chunks": "3"}, ConfigError, "window_chunks must be a whole number, got '3'; pass an int"),
+        ({"rank": 0.0}, ConfigError, "rank must be a whole number, got 0.0; pass an int"),
+        ({"world_size": None}, ConfigError, "world_size must be a whole number, got None; pass an int"),
+        ({"drop_last": "no"}, ConfigError, "drop_last must be True or False, got 'no'; pass one of them"),
+        ({"drop_last": 0}, ConfigError, "drop_last must be True or False, got 0; pass one of them"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_also_where_types_are_not_checked(
+    store, options, error, message
+):
     init = inspect.unwrap(ShuffledRows.__init__)
-    with pytest.raises(ConfigError, match="select must be 'all', 'masked' or 'unmasked', got 'maskd'"):
-        init(object.__new__(ShuffledRows), store, batch_size=10, select="maskd")
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        init(object.__new__(ShuffledRows), store, **{"batch_size": 10, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_numpy_numbers_mean_what_pythons_do(store):
+    init, rows = inspect.unwrap(ShuffledRows.__init__), object.__new__(ShuffledRows)
+    options: dict[str, Any] = {
+        "batch_size": 10,
+        "seed": 2**64 - 1,
+        "window_chunks": 3,
+        "rank": 1,
+        "world_size": 2,
+    }
+    numbers_of_numpy = {name: np.uint64(value) for name, value in options.items()}
+    chosen = np.array([5, 17, 90], np.uint8)
+    init(rows, store, sequences=chosen, drop_last=np.bool_(True), **numbers_of_numpy)
+    same_rows = ShuffledRows(store, sequences=[5, 17, 90], drop_last=True, **options)
+    assert len(rows) == len(same_rows)
+    assert np.array_equal(rows.rows(1, 0), same_rows.rows(1, 0))
+    wanted = np.zeros(200, np.bool_)
+    wanted[chosen] = True
+    of_mask = ShuffledRows(store, sequences=np.flatnonzero(wanted), drop_last=True, **options)
+    assert np.array_equal(of_mask.rows(1, 0), same_rows.rows(1, 0))
 
 
 @pytest.mark.parametrize("position", [(0, 60), (-1, 0), (0, -1), (2**31, 0)])
@@ -324,3 +379,36 @@ def test_a_position_of_another_iteration_is_refused(store, position):
         ):
             use()
     assert rows.position == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        (None, "a position must be (epoch, step), got None; pass what `position` was when it was saved"),
+        (3, "a position must be (epoch, step), got 3; pass what"),
+        ((0, 1, 2), "a position must be (epoch, step), got (0, 1, 2); pass what"),
+        ((0, 1.5), "step must be a whole number, got 1.5; pass an int"),
+        (("0", 1), "epoch must be a whole number, got '0'; pass an int"),
+    ],
+)
+def test_what_is_no_position_is_refused_also_where_types_are_not_checked(store, position, message):
+    rows = ShuffledRows(store, batch_size=50)
+    place = inspect.unwrap(inspect.getattr_static(ShuffledRows, "position").fset)
+    uses = [partial(place, rows, position)]
+    if isinstance(position, tuple) and len(position) == 2:
+        uses += [
+            partial(inspect.unwrap(use), rows, *position) for use in (ShuffledRows.batch, ShuffledRows.rows)
+        ]
+    for use in uses:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            use()
+    assert rows.position == (0, 0)
+
+
+def test_a_position_may_come_back_as_a_list_or_an_array(store):
+    place = inspect.unwrap(inspect.getattr_static(ShuffledRows, "position").fset)
+    rows = ShuffledRows(store, batch_size=50)
+    for saved in ([1, 7], np.array([1, 7])):
+        place(rows, saved)
+        assert rows.position == (1, 7)
+        assert [type(part) for part in rows.position] == [int, int]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from capture import run_capture
+from capture import open_store, run_capture
 from capture.run import dry_run
 from mdlm_interp import load_tokenizer
 from mdlm_interp.errors import ConfigError, DataError, HookError, OutputExistsError, StoreError, WriteError
@@ -232,3 +232,37 @@ def test_a_directory_of_another_program_is_refused_though_it_has_a_manifest(conf
         OutputExistsError, match="exists and is no activation store; choose another --out, or"
     ):
         run_capture(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 10**19}, "batch_size must be at most 65,536, got 10000000000000000000; lower it"),
+        ({"forwards": 257}, "forwards must be at most 256, got 257; lower it"),
+        ({"world_size": 10**5}, "world_size must be at most 4,096, got 100000; lower it"),
+    ],
+)
+def test_a_number_that_would_take_all_memory_is_refused(config, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        replace(config, **changes)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("what", ["act missing", "act short", "column missing"])
+def test_committed_rows_that_are_lost_are_noticed_before_going_on(begun, what, complete):
+    """Otherwise the capture would end, say that it is complete, and only verify would tell."""
+    if complete:
+        run_capture(begun)
+    hook = open_store(begun.out).hooks[0]
+    path = Path(begun.out) / ("rows/x0/c.0" if what == "column missing" else f"acts/{hook}/c.0.0")
+    content = path.read_bytes()
+    path.unlink()
+    if what == "act short":
+        path.write_bytes(content[:-1])
+    message = "it has .* bytes, expected" if what == "act short" else "is missing; restore it from a copy"
+    for call in (dry_run, run_capture):
+        with pytest.raises(StoreError, match=rf"{path} .*{message}"):
+            call(begun)
+    path.write_bytes(content)
+    assert run_capture(begun).complete

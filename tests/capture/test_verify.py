@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from capture.recomputed import _beyond, verify_rows
 from capture.shards import shard_digest
 from capture.verify import verify_store
 from mdlm_interp import HookedMDLM, load_tokenizer
-from mdlm_interp.errors import StoreError
+from mdlm_interp.errors import ConfigError, StoreError
 
 
 @pytest.fixture
@@ -283,6 +285,54 @@ def test_the_weights_of_another_model_are_refused(store, tmp_path, config):
         StoreError, match=r"was captured with weights_sha256 .* name the store's own with --model"
     ):
         verify_rows(store, str(tmp_path / "other"), batches=1)
+
+
+@pytest.mark.parametrize("option", ["model", "tokenizer"])
+def test_another_model_or_tokenizer_is_refused_before_the_bytes_are_read(
+    store, tmp_path, config, option, monkeypatch
+):
+    other = tmp_path / "other"
+    if option == "model":
+        model = HookedMDLM.from_pretrained(config.model)
+        with torch.no_grad():
+            next(model.parameters())[0, 0] += 1
+        model.save_pretrained(other)
+        load_tokenizer(config.model).save(other)
+    else:
+        shutil.copytree(config.model, other)
+        file = other / "tokenizer.json"
+        found = json.loads(file.read_text())
+        found["model"]["merges"][-2:] = found["model"]["merges"][:-3:-1]
+        file.write_text(json.dumps(found))
+    monkeypatch.setattr("capture.verify.verify_files", lambda *_, **__: pytest.fail("bytes were read"))
+    with pytest.raises(StoreError, match=f"name the store's own with --{option}$"):
+        verify_store(store.path, **{option: str(other)}, batches=1)  # type: ignore[arg-type]
+
+
+def test_the_weights_are_loaded_once(store, monkeypatch):
+    loaded, load = [], HookedMDLM.from_pretrained
+
+    def noted(source: Path) -> HookedMDLM:
+        loaded.append(source)
+        return load(source)
+
+    monkeypatch.setattr(HookedMDLM, "from_pretrained", noted)
+    assert verify_store(store.path, batches=0).batches == 0
+    assert loaded == []
+    assert verify_store(store.path, batches=1).batches == 1
+    assert len(loaded) == 1
+
+
+def test_numbers_of_batches_that_are_none_are_refused(store):
+    with pytest.raises(ConfigError, match=r"^batches must be a whole number from 0, got -1; 0 checks"):
+        verify_store(store.path, batches=-1)
+    # In a process of its own, where no annotation is checked.
+    program = f"from capture import verify_store\nverify_store({str(store.path)!r}, batches=1.5)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    last = result.stderr.splitlines()[-1]
+    assert last.endswith(
+        "ConfigError: batches must be a whole number from 0, got 1.5; 0 checks the bytes only"
+    )
 
 
 def test_noise_that_the_seed_does_not_give_is_found(store, monkeypatch):

@@ -170,6 +170,56 @@ def test_an_empty_directory_is_taken_and_anything_else_is_refused(tmp_path, monk
         raise AssertionError("refused before anything is written")
 
 
+def test_what_a_killed_process_left_is_removed_whichever_kind_it_is(tmp_path):
+    left = tmp_path / f"{PREFIX}out"
+    (left / "sub").mkdir(parents=True)
+    (left / "sub" / "old").touch()
+    with replacing(tmp_path / "out") as partial:
+        partial.write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_text() == "new"
+    (tmp_path / "out").unlink()
+    left.write_text("old")
+    with replacing_directory(tmp_path / "out") as partial:
+        (partial / "new").touch()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["new"]
+
+
+@pytest.mark.parametrize("make", [replacing, replacing_directory])
+@pytest.mark.parametrize("kind", ["file", "directory", "nothing"])
+def test_a_link_in_the_way_is_removed_and_what_it_leads_to_is_kept(tmp_path, make, kind):
+    kept = tmp_path / "kept"
+    if kind == "directory":
+        kept.mkdir()
+        (kept / "file").write_text("mine")
+    elif kind == "file":
+        kept.write_text("mine")
+    (tmp_path / f"{PREFIX}out").symlink_to(kept)
+    with make(tmp_path / "out") as partial:
+        assert not partial.is_symlink()
+    assert names(tmp_path) == ["kept", "out"][kind == "nothing" :]
+    if kind == "directory":
+        assert (kept / "file").read_text() == "mine"
+    elif kind == "file":
+        assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize("make", [replacing, replacing_directory])
+def test_what_was_left_and_cannot_be_removed_is_told_in_one_line(tmp_path, make, monkeypatch):
+    (tmp_path / f"{PREFIX}out").mkdir()
+
+    def refusing(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "entry")
+
+    monkeypatch.setattr("shutil.rmtree", refusing)
+    with (
+        pytest.raises(WriteError, match=f"^{tmp_path}/out cannot be written: Permission denied; choose a"),
+        make(tmp_path / "out"),
+    ):
+        raise AssertionError("refused before anything is written")
+
+
 # A disk that refuses
 
 

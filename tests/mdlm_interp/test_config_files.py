@@ -117,7 +117,7 @@ def test_a_file_with_every_kind_of_value_is_read_into_the_declared_types(write):
         ({"steps": 1, "method": "fsat"}, "f: method: 'fsat' is not a choice; did you mean 'fast'?"),
         ({"steps": 1, "width": 9.0}, "f: width: 9.0 is not a choice; known: '8', '16', 'none'"),
         ({"steps": 1, "width": True}, "f: width: True is not a choice; known: '8', '16', 'none'"),
-        ({"steps": 1, "hooks": "a"}, "f: hooks: expected list of text, got 'a'"),
+        ({"steps": 1, "hooks": "a"}, "f: hooks: expected list of text, got 'a'; write ['a']"),
         (
             {"steps": 1, "hooks": ["a", 1]},
             "f: hooks[1]: expected text, got 1; put it in quotes to make it text",
@@ -473,3 +473,29 @@ def test_a_config_error_is_the_users_mistake_and_a_value_error():
     assert issubclass(ConfigError, ValueError)
     with pytest.raises(ValueError, match="lr must be above 0"):
         replace(Optimiser(), lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "number"),
+    [
+        ("steps: 010\n", 1, "010"),
+        ("name: a\nsteps: 1:10\n", 2, "1:10"),
+        ("steps: 1\nhooks: [-0_7]\n", 2, "-0_7"),
+    ],
+)
+def test_numbers_that_yaml_reads_in_another_base_are_refused(tmp_path, text, line, number):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Run, path)
+    assert str(caught.value) == (
+        f"{path}, line {line}: YAML reads {number} in base 8 or 60; write the number in base 10, or in quotes if it is "
+        f"text"
+    )
+
+
+def test_other_numbers_and_quoted_text_are_read_as_they_stand(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 0\nname: '010'\noptimiser: {lr: 0.5}\nhooks: ['1:10', a]\n")
+    config = load_config(Run, path)
+    assert (config.steps, config.name, config.hooks) == (0, "010", ("1:10", "a"))

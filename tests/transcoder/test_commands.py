@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def test_training_and_evaluating_from_the_command_line(store, model_directory, t
     code, _, error = run(capsys, *command.split())
     assert code == 2
     assert "report.json exists; choose another out directory" in error
+
+
+def test_the_command_that_comes_next_can_be_pasted_and_one_step_is_singular(
+    store, model_directory, tmp_path, capsys
+):
+    out = tmp_path / "my clt"
+    code, said, _ = run(capsys, "clt", "train", store.path, "--out", out, "--train.steps", "1", *SMALL)
+    assert code == 0
+    assert "after 1 step on 64 rows: " in said
+    command = said.splitlines()[-1].removeprefix(f"next: {invocation()} ")
+    expected = ["clt", "eval", str(out), str(store.path), "--model", str(model_directory)]
+    assert shlex.split(command) == expected
 
 
 def test_a_config_file_with_overrides(store, tmp_path, capsys):

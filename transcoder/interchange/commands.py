@@ -9,7 +9,7 @@ from pathlib import Path
 from mdlm_interp.atomic_files import refuse_existing, replacing_directory
 from mdlm_interp.config_args import parse_args
 from mdlm_interp.errors import ConfigError
-from mdlm_interp.program import invocation
+from mdlm_interp.program import command_line, counted
 from transcoder.config_checks import LAYER_FIELD, require_apart, require_in
 from transcoder.interchange.adaln import Fold
 from transcoder.interchange.limits import Format
@@ -93,7 +93,7 @@ def export(argv: Sequence[str]) -> int:
         clt = replaced.clt
         print(
             f"warning: {before.activation} with k = {before.k} became a jumprelu, another function: on "
-            f"{rows.shape[1]} held-out rows it keeps {replaced.kept:.1%} of the active features, and "
+            f"{counted(rows.shape[1], 'held-out row')} it keeps {replaced.kept:.1%} of the active features, and "
             f"{replaced.extra:.1%} of its own are others"
         )
     done = export_clt(
@@ -134,5 +134,5 @@ def import_(argv: Sequence[str]) -> int:
     print("\n".join(found.certificate.lines()))
     for note in found.notes:
         print(f"note: {note}")
-    print(f"next: {invocation()} clt eval {config.out} STORE")
+    print(f"next: {command_line('clt', 'eval', config.out, 'STORE')}")
     return 0

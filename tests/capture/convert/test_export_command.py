@@ -1,6 +1,7 @@
 """`mdlm-interp capture export` writes what is asked for, says so, and how to go on."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from capture import open_store
 from capture.export_command import ExportConfig, export
 from mdlm_interp.__main__ import main
+from mdlm_interp.atomic_files import PREFIX
 from mdlm_interp.errors import ConfigError
+from mdlm_interp.program import invocation
 from tests.capture.convert.checks import opened
 from tests.capture.stores import HEADS, Plan
 
@@ -21,6 +24,32 @@ def test_the_command_says_what_was_made_how_fast_and_what_comes_next(store, tmp_
     assert lines[0] == f"{out}: {len(store)} rows of 60 sequences, 3 hooks, float32, {size}"
     assert re.fullmatch(r"took \d+\.\d s \(\d+\.\d \wB/s\)", lines[1])
     assert re.fullmatch(rf"next: \S.* capture info {re.escape(str(out))}", lines[2])
+
+
+def test_the_command_that_comes_next_can_be_pasted(store, tmp_path, capsys, to):
+    out = tmp_path / "it's an out"
+    export([str(store.path), "--to", to, "--out", str(out)])
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix(f"next: {invocation()} ")
+    assert shlex.split(command) == ["capture", "info", str(out)]
+
+
+def test_one_sequence_and_one_hook_are_singular(store, tmp_path, capsys):
+    first = store.sequence_rows(0)
+    words = ["--hooks", HEADS, "--rows", f"0:{first.stop}", "--to", "hdf5", "--out", str(tmp_path / "out")]
+    assert export([str(store.path), *words]) == 0
+    assert " rows of 1 sequence, 1 hook, float32, " in capsys.readouterr().out
+
+
+def test_what_a_killed_export_of_another_format_left_is_no_hindrance(store, tmp_path, to):
+    left = tmp_path / f"{PREFIX}out"
+    if to == "hdf5":
+        left.mkdir()
+        (left / "rows.safetensors").touch()
+    else:
+        left.write_text("part of a file")
+    assert export([str(store.path), "--to", to, "--out", str(tmp_path / "out")]) == 0
+    assert len(open_store(tmp_path / "out")) == len(store)
+    assert not left.exists()
 
 
 def test_options_choose_hooks_rows_and_type(store, tmp_path, to):

@@ -1,5 +1,6 @@
 """A store reads back what was written, in any order, and says so when it cannot."""
 
+import inspect
 import threading
 from typing import Any
 
@@ -172,9 +173,24 @@ def test_hooks_may_be_one_or_several_in_any_order(made):
         (slice(500, 887), r"a slice from 500 to 887 must lie in [0, 886), got 887"),
         (slice(-4, None), r"a slice from -4 to 886 must lie in [0, 886), got -4"),
         (slice(0, 9, 2), "a slice of rows must have step 1, got 2; pass range(...) instead"),
-        (torch.tensor([0.5]), "rows must be a list of whole numbers, got float32 [1]"),
-        (torch.tensor([[1]]), "rows must be a list of whole numbers, got int64 [1, 1]"),
-        (torch.tensor([True]), "got bool [1]; of a mask, pass mask.nonzero()"),
+        (
+            torch.tensor([0.5]),
+            "rows must be a list of whole numbers, got float32 [1] that begins with 0.5; pass one flat list of "
+            "integers",
+        ),
+        (
+            torch.tensor([[1]]),
+            "rows must be a list of whole numbers, got int64 [1, 1] that begins with 1; pass",
+        ),
+        (
+            torch.tensor([True]),
+            "got bool [1] that begins with True; of a mask, pass mask.nonzero().flatten()",
+        ),
+        ([False], "got bool [1] that begins with False; of a mask, pass numpy.flatnonzero(mask)"),
+        (
+            torch.tensor([1.0]).bfloat16(),
+            "whole numbers, got tensor([1.], dtype=torch.bfloat16); pass one flat",
+        ),
     ],
 )
 def test_rows_that_are_not_there_are_refused_with_the_range(made, rows, message):
@@ -183,6 +199,56 @@ def test_rows_that_are_not_there_are_refused_with_the_range(made, rows, message)
         with pytest.raises(StoreError) as caught:
             read(rows)
         assert message in str(caught.value)
+
+
+def test_the_remedies_for_a_mask_read_its_rows(made):
+    store, wanted = open_store(made.root), made.columns["is_masked"]
+    mask = torch.from_numpy(wanted)
+    for rows in (mask.nonzero().flatten(), np.flatnonzero(wanted)):
+        assert np.array_equal(store.read(rows, MLP)[MLP].numpy(), made.acts[MLP][wanted])
+
+
+def test_what_is_of_another_type_is_refused_in_one_line_also_where_types_are_not_checked(made):
+    store = open_store(made.root)
+
+    def refusal(function: Any, *args: Any, **options: Any) -> str:
+        with pytest.raises(StoreError) as caught:
+            inspect.unwrap(function)(*args, **options)
+        return str(caught.value)
+
+    rows = "rows must be a list of whole numbers, got {}; pass one flat list of integers"
+    for given, text in (
+        (5, "5"),
+        (None, "None"),
+        ({1, 2}, "{1, 2}"),
+        ([[1], [2, 3]], "[[1], [2, 3]]"),
+        ("ab" * 99, "'" + ("ab" * 99)[:76] + "..."),
+        (np.array(5), "array(5)"),
+        (torch.ones(2, 1).bfloat16(), "tensor([[1.], [1.]], dtype=torch.bfloat16)"),
+    ):
+        for read in (ActivationStore.coords, ActivationStore.prefetch):
+            assert refusal(read, store, given) == rows.format(text)
+        # Both `read` and `gather` are nothing but this.
+        assert refusal(ActivationStore._activations, store, given, MLP, check=True) == rows.format(text)
+    for seq, pos, text in (
+        (0.0, 1.0, "seq must be a whole number, got 0.0; pass an int"),
+        (0, 1.0, "pos must be a whole number, got 1.0; pass an int"),
+        (True, 1, "seq must be a whole number, got True; pass an int"),
+    ):
+        assert refusal(ActivationStore.row_of, store, seq, pos) == text
+    assert refusal(ActivationStore.sequence_rows, store, "3").startswith(
+        "seq must be a whole number, got '3'"
+    )
+    assert refusal(ActivationStore.sequence_column, store, "t", 3) == (
+        "sequences must be a slice, got 3; pass slice(start, stop), or index the whole column"
+    )
+    assert refusal(ActivationStore.coords, store, np.array([False, True])) == (
+        "rows must be a list of whole numbers, got bool [2] that begins with False; of a mask, pass "
+        "numpy.flatnonzero(mask)"
+    )
+    for path in (None, 3, b"run.zarr"):
+        message = f"a store is opened by its path or URL, got {path!r}; pass a str or a Path"
+        assert refusal(open_store, path) == message
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(made):
